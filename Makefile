@@ -1,0 +1,49 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types test-slow test-thirdparty docs clean
+
+demo: $(VENV)/.base
+	$(BIN)/mixprec demo $(ARGS)
+
+test: $(VENV)/.test lint types
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-thirdparty: $(VENV)/.thirdparty
+	$(BIN)/python -m pytest -m thirdparty $(ARGS)
+
+docs: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/sphinx-build -W -b html docs docs/_build
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by its pinned version: a bare "torch" may fetch gigabytes of CUDA packages.
+$(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.thirdparty: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,thirdparty]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) docs/_build
