@@ -1,0 +1,99 @@
+"""Norm, finiteness and scaling of a list of gradients, never in 16 bits.
+
+Everything that a step does to its gradients before the rule sees them is one number:
+`1/loss_scale`, `1/num_tokens` and the clip coefficient multiply into a single factor. What decides
+whether the step happens at all is one number too: the FP32 norm, which is non-finite if any
+gradient is. A norm kept in FP16 overflows at 65504 and makes the clip coefficient 0, which erases
+every gradient without a word; kept in BF16 it has three digits. So norms accumulate in FP32 here
+whatever the gradients' dtype (in FP64 for FP64 gradients).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["grad_norm", "local", "nonfinite_names", "scale_"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard that this process holds of a DTensor; any other tensor itself."""
+    shard: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return shard
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients as one vector, 0-d, on the device of the first; 0 for no gradient.
+
+    FP32, or FP64 if any gradient is FP64. Non-finite if any gradient is non-finite, and also where
+    the sum of squares leaves the accumulator's range (FP32: elements near 1e19).
+
+    >>> import torch
+    >>> half = torch.full((1000,), 3000.0, dtype=torch.float16)
+    >>> round(grad_norm([half, half, half]).item())  # 3000 * sqrt(3000); FP16 would say inf
+    164317
+    """
+    dense = [grad for grad in map(_dense_values, grads) if grad.numel()]
+    if not dense:
+        return torch.zeros((), device=local(grads[0]).device if grads else None)
+    accumulator = torch.float32
+    if any(grad.dtype == torch.float64 for grad in dense):
+        accumulator = torch.float64
+    norms: list[Tensor] = []
+    for same in _by_device_and_dtype(dense):
+        # Without `dtype` the sum of squares would be kept in the gradients' own 16 bits.
+        wider = None if same[0].dtype == accumulator else accumulator
+        found = torch._foreach_norm(same, 2, dtype=wider)
+        norms.extend(norm.to(device=dense[0].device, dtype=accumulator) for norm in found)
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def scale_(grads: Iterable[Tensor], factor: Tensor | float) -> None:
+    """Multiply gradients by `factor` in place.
+
+    A 0-d FP64 `factor` is rounded once, to the gradient's own dtype, so powers of two stay exact.
+    16-bit gradients would be rounded as well and may underflow: give FP32 ones.
+
+    >>> import torch
+    >>> grad = torch.tensor([2.0, 6.0])
+    >>> scale_([grad], 0.5)
+    >>> grad
+    tensor([1., 3.])
+    """
+    stored = (grad._values() if grad.is_sparse else grad for grad in map(local, grads))
+    for same in _by_device_and_dtype(stored):
+        if isinstance(factor, Tensor):
+            torch._foreach_mul_(same, factor.to(same[0].device))
+        else:
+            torch._foreach_mul_(same, factor)
+
+
+def nonfinite_names(named_grads: Iterable[tuple[str, Tensor | None]], limit: int = 3) -> list[str]:
+    """Names of the first `limit` gradients that hold an infinity or a NaN. Reads the device.
+
+    >>> import torch
+    >>> nonfinite_names([("a", torch.ones(2)), ("b", torch.tensor([1.0, float("inf")]))])
+    ['b']
+    """
+    names: list[str] = []
+    for name, grad in named_grads:
+        if grad is not None and not bool(torch.isfinite(_dense_values(grad)).all()):
+            names.append(name)
+            if len(names) == limit:
+                break
+    return names
+
+
+def _dense_values(grad: Tensor) -> Tensor:
+    grad = local(grad)
+    return grad.coalesce().values() if grad.is_sparse else grad
+
+
+def _by_device_and_dtype(tensors: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Lists that one foreach kernel can take, in order of first appearance."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return groups.values()
