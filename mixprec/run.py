@@ -1,0 +1,158 @@
+"""One call of the inner rule on the masters of a bucket of parameters.
+
+    take     masters leave the state, FP32 gradients are made
+    run      masters stand in for the parameters while the rule updates them
+    put      weights become the rounded masters, masters return to the state
+
+Room for split masters and for the FP32 copies of 16-bit gradients comes from a scratch that the
+next bucket reuses; full masters are updated where they live. If the rule raises, weights keep their
+values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mixprec import masters
+from mixprec.gradients import local
+from mixprec.inner import Bucket, GroupValues, StandIns, copy_marks, rule_of
+from mixprec.masters import LOW, MasterStore, Scratch
+
+State = dict[Tensor, Any]
+
+
+class MasterRun:
+    """Context in which `inner` sees the masters of `bucket`'s parameters in their place."""
+
+    def __init__(
+        self, inner: Optimizer, state: State, store: MasterStore, bucket: Bucket, scratch: Scratch
+    ) -> None:
+        self._state, self._store, self._scratch = state, store, scratch
+        params = [p for group in bucket.values() for p in group if store.has(p)]
+        self._stored = {p: store.take(state, p) for p in params}
+        self._reserve("master", [p for p in params if self._split(p)])
+        self._reserve("grad", params)
+        self._stand_ins = {p: self._stand_in(p) for p in params}
+        pairs = {i: [(p, self._stand_ins.get(p, p)) for p in ps] for i, ps in bucket.items()}
+        self._swap = StandIns(inner, pairs)
+
+    def take_grads(self, factor: Tensor | None) -> None:
+        """Give each stand-in its parameter's gradient in FP32, times `factor` if it was 16-bit."""
+        self._reserve("grad", list(self._stand_ins))
+        rooms: list[Tensor] = []
+        grads: list[Tensor] = []
+        for param, stand_in in self._stand_ins.items():
+            grad = param.grad
+            if grad is None or grad.dtype not in LOW:
+                stand_in.grad = grad
+            elif grad.layout != torch.strided:
+                stand_in.grad = _sparse_float(grad, factor)
+            else:
+                stand_in.grad = self._scratch.take(param, "grad")
+                rooms.append(local(stand_in.grad))
+                grads.append(local(grad))
+        if rooms:
+            torch._foreach_copy_(rooms, grads)
+        if rooms and factor is not None:
+            for device in {room.device for room in rooms}:
+                self._scratch.used(device, "grad").mul_(factor.to(device))
+
+    @contextmanager
+    def in_model(self) -> Generator[None]:
+        """Inside a running rule: let user code see the model, with weights up to date."""
+        self._swap.leave()
+        self._write(last=False)
+        try:
+            yield
+        finally:
+            self._swap.enter()
+
+    def __enter__(self) -> MasterRun:
+        self._swap.enter()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._swap.leave()
+        if error is None:
+            self._write(last=True)
+        for param, stored in self._stored.items():
+            self._store.put(self._state, param, stored)
+            self._stand_ins[param].grad = None
+
+    def _split(self, param: Tensor) -> bool:
+        return self._stored[param].dtype == torch.int16
+
+    def _reserve(self, use: str, params: list[Tensor]) -> None:
+        for device in {p.device for p in params}:
+            room = sum(Scratch.padded(p.numel()) for p in params if p.device == device)
+            self._scratch.reserve(device, use, room)
+
+    def _stand_in(self, param: Tensor) -> Tensor:
+        stored = self._stored[param]
+        room = self._scratch.take(param, "master") if self._split(param) else None
+        stand_in = nn.Parameter(masters.read(param, stored, room), param.requires_grad)
+        copy_marks(param, stand_in)
+        return stand_in
+
+    def _write(self, *, last: bool) -> None:
+        """Round every stand-in into its parameter."""
+        weights: list[Tensor] = []
+        full: list[Tensor] = []
+        for param, stand_in in self._stand_ins.items():
+            stored, master = self._stored[param], stand_in.detach()
+            if self._split(param):
+                masters.write(param, stored, master, spent=last)
+                continue
+            if stored.data_ptr() != master.data_ptr():  # the rule gave the parameter new data
+                stored.copy_(master)
+            weights.append(local(param.detach()))
+            full.append(local(stored))
+        if weights:
+            torch._foreach_copy_(weights, full)
+
+
+def _sparse_float(grad: Tensor, factor: Tensor | None) -> Tensor:
+    grad = grad.detach().float()
+    return grad if factor is None else grad * factor.to(device=grad.device, dtype=grad.dtype)
+
+
+def make_state(
+    inner: Optimizer, state: State, store: MasterStore, chosen: list[tuple[int, Tensor]]
+) -> None:
+    """Give the chosen parameters, by group index, the state that the rule makes in a first step.
+
+    The rule steps copies of them with zero gradients at lr = 0. Counters called `step` go back
+    to 0; groups and the optimizer's own counters are left as they were.
+    """
+    numbers = {k: v for k, v in vars(inner).items() if isinstance(v, (int, float))}
+    stored = {p: store.take(state, p) for _, p in chosen if store.has(p)}
+    pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for index, param in chosen:
+        copy = nn.Parameter(param.detach().float() if store.has(param) else param.detach().clone())
+        copy.grad = torch.zeros_like(copy)
+        copy_marks(param, copy)
+        pairs.setdefault(index, []).append((param, copy))
+    with GroupValues(inner.param_groups).undone(), StandIns(inner, pairs), torch.enable_grad():
+        for group in inner.param_groups:
+            group.update({key: 0.0 for key in ("lr", "weight_decay") if key in group})
+        rule_of(inner)(inner)
+    vars(inner).update(numbers)
+    for _, param in chosen:
+        entry = state[param]
+        if "step" in entry:
+            step = entry["step"]
+            entry["step"] = torch.zeros_like(step) if isinstance(step, Tensor) else 0
+        if param in stored:
+            store.put(state, param, stored[param])
