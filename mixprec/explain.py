@@ -1,0 +1,54 @@
+"""What a MixedPrecision does with each parameter, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mixprec.admission import Admission
+from mixprec.masters import Storage
+
+_COST = {"full": "FP32 masters, 4 B/param", "split": "split masters, 2 B/param"}
+
+
+def explain(
+    name: str,
+    groups: Sequence[Mapping[str, Any]],
+    admission: Admission | None,
+    storage: Callable[[Tensor], Storage],
+    bucket_numel: int | None,
+    details: Sequence[str],
+) -> str:
+    """One line on how the rule runs and why, one a group and dtype, then `details`."""
+    lines = [f"MixedPrecision around {name}", f"  {_manner(admission, bucket_numel)}"]
+    for index, group in enumerate(groups):
+        counts: Counter[tuple[str, str]] = Counter()
+        numel: Counter[tuple[str, str]] = Counter()
+        for param in group["params"]:
+            dtype = str(param.dtype).removeprefix("torch.")
+            kind = (dtype, _COST.get(storage(param), "no masters, stepped as by the rule alone"))
+            counts[kind] += 1
+            numel[kind] += param.numel()
+        for (dtype, cost), count in counts.items():
+            plural = "tensor" if count == 1 else "tensors"
+            lines.append(
+                f"  param_groups[{index}]: {count} {dtype} {plural}, "
+                f"{numel[dtype, cost]:,} parameters: {cost}"
+            )
+    return "\n".join([*lines, *(f"  {detail}" for detail in details)])
+
+
+def _manner(admission: Admission | None, bucket_numel: int | None) -> str:
+    if admission is None:
+        return "no 16-bit parameters: the rule runs as it is"
+    if not admission.per_parameter:
+        return f"whole: the rule sees all masters at once, because {admission.reason}"
+    if bucket_numel is None:
+        return "whole: bucket_numel is None"
+    return (
+        f"bucket by bucket: {admission.reason} (tried on small tensors), so it runs in a scratch "
+        f"of {bucket_numel:,} FP32 elements, or the largest tensor if that is larger"
+    )

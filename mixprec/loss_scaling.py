@@ -1,0 +1,453 @@
+"""Loss scaling: lift gradients into FP16's range for the way back, take the factor off in FP32.
+
+FP16 holds nothing below 2^-24, and gradients do fall below it: they become exact zeros, and the
+layers behind them stop learning. A loss multiplied by S gives every gradient S times larger; 1/S,
+multiplied in FP32 before the update, changes only those that would have been lost. S is a power of
+two, so neither product rounds, and in BF16 and FP32 the detour is invisible bit for bit. How large
+S may be is found by trial; a trial that fails costs one skipped step.
+
+The state of `DynamicLossScaler` is four 0-d tensors on the device of the first loss,
+
+    loss_scale              S
+    growth_tracker          finite updates in a row since S last grew
+    overflows_in_a_row      skipped updates in a row; one of these two rows is always 0
+    scale_before_overflows  S when the row of overflows began, for the error's text
+
+and a verdict that may be waiting to move it. Every transition:
+
+    call      waiting    effect
+    multiply  nothing    none; S multiplies the loss
+    multiply  a verdict  the verdict moves the state, once; nothing waits; S multiplies the loss
+    update    nothing    (grads_finite or not counted, counted) waits
+    update    a verdict  both waiting parts merge: finite if both are, counted if either is
+
+    verdict      the state moves to
+    not counted  itself: a step without tokens says nothing about S
+    finite       growth_tracker + 1, overflows_in_a_row = 0; when growth_interval is reached,
+                 S = min(S * growth_factor, max_scale) and growth_tracker = 0
+    overflow     growth_tracker = 0, overflows_in_a_row + 1; from the hysteresis-th in a row on,
+                 S = max(S * backoff_factor, min_scale)
+
+Verdicts wait because optimizers may share a scaler: when the first has stepped, the gradients of
+the second still carry the old S, which `inverse` has to go on undoing. So run all backward passes
+of an iteration before its first step, or use up one optimizer's gradients before the next loss is
+multiplied. Where neither holds, give each optimizer a scaler of its own.
+
+With hysteresis 1, S takes the values of `torch.amp.GradScaler`, but stops at its two bounds instead
+of running on to 0 (from where it never returns) or to infinity. An update launches about a dozen
+0-d kernels; `multiply`, `inverse` and `update` never wait for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mixprec.gradients import nonfinite_names
+from mixprec.plain_step import is_mixed_precision, refuse_closure_rule, step_plain
+
+__all__ = ["DynamicLossScaler", "StaticLossScaler"]
+
+# So that S and 1/S are both normal FP32 numbers: multiplying by a subnormal one would round.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
+
+
+class _State(NamedTuple):
+    loss_scale: Tensor
+    growth_tracker: Tensor
+    overflows_in_a_row: Tensor
+    scale_before_overflows: Tensor
+
+    @classmethod
+    def of(cls, loss_scale: float, growth: int, overflows: int, before: float) -> _State:
+        return cls(
+            torch.tensor(loss_scale, dtype=torch.float32),
+            torch.tensor(growth, dtype=torch.int32),
+            torch.tensor(overflows, dtype=torch.int32),
+            torch.tensor(before, dtype=torch.float32),
+        )
+
+    def to(self, device: torch.device) -> _State:
+        return _State(*(tensor.to(device) for tensor in self))
+
+
+class _Verdict(NamedTuple):
+    grads_finite: Tensor
+    counted: Tensor
+
+
+@dataclass(frozen=True)
+class _Policy:
+    """Settings, and the machine that they make, as a function from state to state."""
+
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    hysteresis: int
+    min_scale: float
+    max_scale: float
+    max_skips_in_a_row: int
+
+    def __post_init__(self) -> None:
+        for name in ("growth_factor", "backoff_factor", "min_scale", "max_scale"):
+            _check_power_of_two(name, getattr(self, name))
+        if not self.backoff_factor < 1 < self.growth_factor:
+            raise ValueError(
+                f"growth_factor is {self.growth_factor} and backoff_factor {self.backoff_factor}; "
+                f"the first must be above 1 and the second below, such as 2.0 and 0.5"
+            )
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
+        for name in ("growth_interval", "hysteresis", "max_skips_in_a_row"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it counts steps: give an int from 1 up")
+
+    def check_scale(self, name: str, value: float) -> None:
+        _check_power_of_two(name, value)
+        if not self.min_scale <= value <= self.max_scale:
+            raise ValueError(
+                f"{name} is {value}, outside the bounds [{self.min_scale}, {self.max_scale}]; "
+                f"build the scaler with min_scale={min(value, self.min_scale)}, "
+                f"max_scale={max(value, self.max_scale)}"
+            )
+
+    def move(self, state: _State, verdict: _Verdict) -> _State:
+        finite, counted = verdict
+        growth_tracker = torch.where(finite, state.growth_tracker + 1, 0)
+        overflows = torch.where(finite, 0, state.overflows_in_a_row + 1)
+        grows, backs_off = growth_tracker >= self.growth_interval, overflows >= self.hysteresis
+        larger = (state.loss_scale * self.growth_factor).clamp(max=self.max_scale)
+        smaller = (state.loss_scale * self.backoff_factor).clamp(min=self.min_scale)
+        loss_scale = torch.where(grows, larger, torch.where(backs_off, smaller, state.loss_scale))
+        before = torch.where(finite, loss_scale, state.scale_before_overflows)
+        moved = (loss_scale, torch.where(grows, 0, growth_tracker), overflows, before)
+        kept = zip(moved, state, strict=True)
+        return _State(*(torch.where(counted, new, old) for new, old in kept))
+
+
+class _LossScaler:
+    """What both scalers do; they differ in how far S may move."""
+
+    losses_scaled: int
+    """Losses multiplied so far, known to the host. An optimizer that remembers the count of its
+    last step knows whether its gradients carry S."""
+
+    updates: int
+    """Verdicts that have moved the state so far, known to the host. Gradients may be added to each
+    other only while it stands still."""
+
+    def __init__(self, policy: _Policy, init_scale: float) -> None:
+        policy.check_scale("init_scale", init_scale)
+        self._policy = policy
+        self._state = _State.of(init_scale, 0, 0, init_scale)
+        self._waiting: _Verdict | None = None
+        self.losses_scaled = 0
+        self.updates = 0
+        self._unread_steps = 0
+        self._seen_by: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+
+    @property
+    def max_skips_in_a_row(self) -> int:
+        return self._policy.max_skips_in_a_row
+
+    def multiply(self, loss: Tensor) -> Tensor:
+        """`loss.float() * S`; call `.backward()` on it.
+
+        An FP64 loss stays FP64. A 16-bit loss is cast up, because FP16 ends at 65504: at the
+        initial S of 2^16 a loss of 1 would already be infinite.
+        """
+        if not loss.is_floating_point():
+            raise TypeError(f"loss is {loss.dtype}; only a floating-point loss can be scaled")
+        if not self.losses_scaled:
+            self._state = self._state.to(loss.device)
+        if self._waiting is not None:
+            self._state, self._waiting = self._next_state(), None
+            self.updates += 1
+        self.losses_scaled += 1
+        wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        return wide * self._state.loss_scale.to(loss.device)
+
+    @property
+    def inverse(self) -> Tensor:
+        """1/S for the gradients at hand: 0-d, FP32, exact because S is a power of two."""
+        return self._state.loss_scale.reciprocal()
+
+    @torch.no_grad()
+    def update(self, grads_finite: Tensor | bool, *, counted: Tensor | bool = True) -> None:
+        """Record the verdict of one optimizer's step; S moves at the next `multiply`.
+
+        Args:
+            grads_finite: whether all unscaled gradients, on all ranks, were finite.
+            counted: false for a step that tells nothing, such as a window without tokens.
+        """
+        if not self.losses_scaled:
+            raise RuntimeError(
+                "update() before any loss was scaled: gradients that do not carry the loss scale "
+                "say nothing about it. Call multiply(loss).backward() first."
+            )
+        finite, counted = self._flag(grads_finite), self._flag(counted)
+        finite = finite | ~counted
+        if self._waiting is not None:
+            finite, counted = finite & self._waiting.grads_finite, counted | self._waiting.counted
+        self._waiting = _Verdict(finite, counted)
+
+    def get_scale(self) -> float:
+        """S of the next loss. Waits for the device."""
+        return float(self._next_state().loss_scale)
+
+    def check_progress(self, named_grads: Iterable[tuple[str, Tensor | None]] = ()) -> None:
+        """Raise if `max_skips_in_a_row` steps in a row were skipped. Waits for the device.
+
+        For an optimizer that has just skipped and knows it; where only the device knows, once every
+        `max_skips_in_a_row` steps. `named_grads` is read only to name the culprits.
+
+        Raises:
+            FloatingPointError: with the first non-finite gradients and the way S went.
+        """
+        state = self._next_state()
+        skips = int(state.overflows_in_a_row)
+        if skips < self.max_skips_in_a_row:
+            return
+        before, now = float(state.scale_before_overflows), float(state.loss_scale)
+        names = ", ".join(map(repr, nonfinite_names(named_grads)))
+        way = f"fell from {before} to {now}" if now < before else f"stayed at {now}"
+        raise FloatingPointError(
+            f"{skips} steps in a row had non-finite gradients"
+            + (f", first in {names}" if names else "")
+            + f"; the loss scale {way}. "
+            + (_SCALE_TOO_HIGH if now > 1 else _SCALE_NOT_TO_BLAME)
+        )
+
+    def step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_factor: Tensor | None = None,
+    ) -> Any:
+        """Unscale, check, and step or skip a plain optimizer with FP32 or FP64 parameters.
+
+        Gradients are multiplied in place by `1/S`, times `grad_factor` (0-d) if given; a factor of
+        0 skips. A closure is called once before that, and its value returned; it has to `multiply`
+        its loss. The host reads one bool; none for the fused rules of torch, which skip on the
+        device. For 16-bit or sharded parameters and for clipping, use `mixprec.MixedPrecision`.
+        """
+        if is_mixed_precision(optimizer):
+            raise TypeError(
+                "MixedPrecision divides by the loss scale itself; step() here would do it again. "
+                "Give it the scaler, mixprec.MixedPrecision(inner, loss_scaler=scaler), and call "
+                "optimizer.step()."
+            )
+        refuse_closure_rule(optimizer)
+        loss = None if closure is None else self._call(closure)
+        if self.losses_scaled == self._seen_by.get(optimizer, 0):
+            raise RuntimeError(
+                f"no loss was scaled since the last step of {type(optimizer).__name__}: its "
+                f"gradients would be divided by a loss scale that they do not carry. Call "
+                f"multiply(loss).backward() before step()."
+            )
+        self._seen_by[optimizer] = self.losses_scaled
+        factor = self.inverse
+        if grad_factor is not None:
+            factor = factor * grad_factor.to(factor.device)
+        outcome = step_plain(optimizer, factor)
+        self.update(outcome.grads_finite, counted=outcome.counted)
+        self._unread_steps = self._unread_steps + 1 if outcome.stepped is None else 0
+        if outcome.stepped is False or self._unread_steps == self.max_skips_in_a_row:
+            self._unread_steps = 0
+            self.check_progress(outcome.named_grads)
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and state as plain numbers, `torch.amp.GradScaler`'s under its names.
+
+        What is waiting is counted in. Waits for the device.
+        """
+        values = (part.item() for part in self._next_state())
+        return {**dict(zip(_STATE_KEYS, values, strict=True)), **asdict(self._policy)}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the state dict of a scaler or of `torch.amp.GradScaler`, whole or not at all.
+
+        Settings that GradScaler does not have stay as they are; no overflows are on its record.
+        """
+        self._policy, state = self._parse(state_dict)
+        self._state, self._waiting = state.to(self._state.loss_scale.device), None
+
+    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[_Policy, _State]:
+        if not state_dict:
+            raise ValueError(
+                "the loss scaler's state dict is empty, as torch.amp.GradScaler(enabled=False) "
+                "saves it: there is no loss scale in it. Do not load it; start with a fresh scaler."
+            )
+        settings = asdict(self._policy)
+        missing = [key for key in _GRAD_SCALER_KEYS if key not in state_dict]
+        unknown = [key for key in state_dict if key not in (*settings, *_STATE_KEYS)]
+        if missing or unknown:
+            raise ValueError(
+                f"not the state dict of a loss scaler: {missing} missing, {unknown} unknown. "
+                f"Give what state_dict() of a mixprec loss scaler or torch.amp.GradScaler returned."
+            )
+        policy = _Policy(**{name: state_dict.get(name, settings[name]) for name in settings})
+        no_overflows = (state_dict["scale"], 0, 0, state_dict["scale"])
+        state = dict(zip(_STATE_KEYS, no_overflows, strict=True))
+        state.update((key, state_dict[key]) for key in _STATE_KEYS if key in state_dict)
+        for name in ("scale", "_scale_before_overflows"):
+            policy.check_scale(f"{name} in the state dict", state[name])
+        for name in ("_growth_tracker", "_overflows_in_a_row"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise ValueError(f"{name} is {state[name]!r}; it counts steps: an int from 0 up")
+        return policy, _State.of(*state.values())
+
+    def _next_state(self) -> _State:
+        if self._waiting is None:
+            return self._state
+        return self._policy.move(self._state, self._waiting)
+
+    def _flag(self, value: Tensor | bool) -> Tensor:
+        """0-d bool beside the state. `torch.full`, because `torch.tensor` would copy and wait."""
+        device = self._state.loss_scale.device
+        if isinstance(value, Tensor):
+            return value.to(device=device, dtype=torch.bool).reshape(())
+        return torch.full((), value, dtype=torch.bool, device=device)
+
+    def _call(self, closure: Callable[[], Any]) -> Any:
+        before = self.losses_scaled
+        with torch.enable_grad():
+            loss = closure()
+        if self.losses_scaled == before:
+            raise RuntimeError(
+                "the closure did not scale its loss, so its gradients do not carry the loss scale. "
+                "Inside the closure, call multiply(loss).backward()."
+            )
+        return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references to the optimizers of this process mean nothing in a copy.
+        return {key: value for key, value in self.__dict__.items() if key != "_seen_by"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _seen_by=WeakKeyDictionary())
+
+
+class DynamicLossScaler(_LossScaler):
+    """A loss scale that doubles after 2000 finite steps in a row and halves on overflow.
+
+    States and transitions: at the head of this module.
+
+    Args:
+        init_scale: S of the first loss.
+        growth_factor: what S is multiplied by after `growth_interval` finite steps in a row.
+        backoff_factor: what S is multiplied by on overflow.
+        growth_interval: finite steps in a row before S grows.
+        hysteresis: the n-th overflow in a row, and each that follows it, backs off; any finite step
+            starts the count again. With 2, single bad batches leave S alone.
+        min_scale: S never falls below. What overflows at 1 overflows without scaling too.
+        max_scale: S never grows above. Gradients that do not overflow (BF16, FP32, FP8 with a scale
+            per cast) would otherwise drive S up until the squares in the FP32 norm do. With the
+            2^18 tokens that GradientAccumulator presumes, 2^24 puts the gradient of a token's loss
+            at 2^6, and FP16 still holds what is 2^30 times smaller; presume more, raise it as much.
+        max_skips_in_a_row: that many skipped steps in a row raise FloatingPointError.
+
+    Raises:
+        ValueError: for a scale or factor that is not a power of two, or bounds out of order.
+
+    >>> import torch
+    >>> scaler = DynamicLossScaler(init_scale=2.0**10)
+    >>> weight = torch.ones((), requires_grad=True)
+    >>> scaler.multiply(weight * 3).backward()
+    >>> weight.grad, weight.grad * scaler.inverse
+    (tensor(3072.), tensor(3.))
+    >>> scaler.update(grads_finite=False)
+    >>> scaler.get_scale()
+    512.0
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        *,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        hysteresis: int = 1,
+        min_scale: float = 1.0,
+        max_scale: float = 2.0**24,
+        max_skips_in_a_row: int = 50,
+    ) -> None:
+        policy = _Policy(
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            growth_interval=growth_interval,
+            hysteresis=hysteresis,
+            min_scale=min_scale,
+            max_scale=max_scale,
+            max_skips_in_a_row=max_skips_in_a_row,
+        )
+        super().__init__(policy, init_scale)
+
+
+class StaticLossScaler(_LossScaler):
+    """A loss scale that never moves: the same machine with both bounds at `loss_scale`.
+
+    For runs whose range is known. Overflowing steps are skipped and counted all the same.
+
+    >>> scaler = StaticLossScaler(2.0**7)
+    >>> scaler.get_scale()
+    128.0
+    """
+
+    def __init__(self, loss_scale: float, *, max_skips_in_a_row: int = 50) -> None:
+        _check_power_of_two("loss_scale", loss_scale)
+        # The first four move nothing between equal bounds; they are what GradScaler would say.
+        policy = _Policy(2.0, 0.5, 2000, 1, loss_scale, loss_scale, max_skips_in_a_row)
+        super().__init__(policy, loss_scale)
+
+    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[_Policy, _State]:
+        policy, state = super()._parse(state_dict)
+        if policy.min_scale != policy.max_scale:
+            raise ValueError(
+                f"this state dict lets the loss scale move from {policy.min_scale} to "
+                f"{policy.max_scale}; load it into a DynamicLossScaler"
+            )
+        return policy, state
+
+
+def _check_power_of_two(name: str, value: Any) -> None:
+    inside = isinstance(value, int | float) and _SMALLEST_SCALE <= value <= _LARGEST_SCALE
+    if not inside or math.frexp(value)[0] != 0.5:
+        near = f", such as {2.0 ** round(math.log2(value))}" if inside else ""
+        raise ValueError(
+            f"{name} is {value!r}; it must be a power of two from 2^-126 to 2^126{near}, "
+            f"because any other factor rounds every gradient that it multiplies"
+        )
+
+
+# In the order of _State.
+_STATE_KEYS = ("scale", "_growth_tracker", "_overflows_in_a_row", "_scale_before_overflows")
+
+_GRAD_SCALER_KEYS = (
+    "scale",
+    "growth_factor",
+    "backoff_factor",
+    "growth_interval",
+    "_growth_tracker",
+)
+
+_SCALE_TOO_HIGH = (
+    "It may still be too high: start or let it fall lower (init_scale, min_scale, or a smaller "
+    "StaticLossScaler). If not, look for NaN in the batch and in the weights."
+)
+_SCALE_NOT_TO_BLAME = (
+    "So scaling is not what overflows. Look for NaN in the batch and in the weights, keep these "
+    'layers in FP32 with mixprec.cast_model(..., keep_fp32=["name"]), or train in BF16, which has '
+    "FP32's range."
+)

@@ -1,0 +1,852 @@
+"""MixedPrecision: the rule of any `torch.optim.Optimizer`, run on exact FP32 masters.
+
+One step, in order:
+
+    1. the closure, if there is one         user code sees the model's own parameters
+    2. the norm of all gradients in FP32    how long are they, and are they finite?
+    3. one factor                           1/loss_scale * grad_factor * clip coefficient
+    4. not finite, or an empty window       the step is the identity; the loss scaler hears of it
+    5. the rule, bucket by bucket or whole  masters and FP32 gradients stand in for the parameters;
+                                            afterwards each weight is its master, rounded
+
+The wrapper shares the inner optimizer's group dicts, state and hooks, so that a schedule attached
+to either one, before or after wrapping, acts on both and nothing ever needs synchronising.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+import weakref
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
+from typing import Any, Literal, Protocol, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mixprec import checkpoint, fp32_weights
+from mixprec.admission import Admission, accepts_sparse, admit
+from mixprec.arguments import check_options, check_parameters, check_weights, names_of
+from mixprec.explain import explain
+from mixprec.gradients import local, nonfinite_names, scale_
+from mixprec.inner import Bucket, GroupValues, fill_buckets, rule_of, takes_found_inf
+from mixprec.masters import LOW, MASTER, MasterStore, Scratch
+from mixprec.run import MasterRun, make_state
+from mixprec.verdict import Verdict, judge, no_gradients
+
+MAX_SKIPS_IN_A_ROW = 50
+"""Skips in a row after which a step raises when no loss scaler decides."""
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+# The wrapper that each parameter was last given to; an older one must not step it any more.
+_owners: Any = WeakIdKeyDictionary()
+
+
+class LossScaler(Protocol):
+    """What a step needs of `DynamicLossScaler` and `StaticLossScaler`."""
+
+    losses_scaled: int
+
+    @property
+    def inverse(self) -> Tensor: ...
+    def get_scale(self) -> float: ...
+    def update(self, grads_finite: Tensor | bool, *, counted: Tensor | bool = True) -> None: ...
+    def check_progress(self, named_grads: Iterable[tuple[str, Tensor | None]] = ()) -> None: ...
+
+
+class _Skipped(Exception):
+    """Leaves a rule whose closure gave nothing to step with."""
+
+
+class MixedPrecision(Optimizer):
+    """An optimizer that runs the rule of `inner` on FP32 masters of 16-bit parameters.
+
+    Every BF16 or FP16 parameter `p` gets a master in FP32, kept with the rule's own state in
+    `state[p]`, which is FP32 too. The rule updates the master; the parameter is the master,
+    rounded. FP32 and FP64 parameters have no second copy and are stepped bit for bit as by `inner`
+    alone.
+
+    Args:
+        inner: any optimizer instance, fresh or with state, over the model's own parameters.
+        masters: "full" keeps FP32 tensors (4 B/param); "split" keeps 16 bits beside each BF16
+        weight
+            (2 B/param), from which the FP32 value is restored exactly; "auto" takes "split" for
+            BF16 parameters of rules that treat tensors one by one, else "full".
+        loss_scaler: a `DynamicLossScaler` or `StaticLossScaler`; scale losses with its `multiply`.
+        max_grad_norm: clips the gradients of the whole step to this L2 norm, in FP32, after
+            unscaling, with the formula of `torch.nn.utils.clip_grad_norm_`.
+        on_nonfinite: "skip" leaves everything as it was when a gradient is not finite; "raise"
+            raises `FloatingPointError`. After 50 skips in a row both raise.
+        bucket_numel: elements of FP32 scratch that a rule which treats tensors one by one is run
+            in; "auto" is 2^18 on a CPU and 2^22 elsewhere. A larger tensor makes a bucket of its
+            own. None runs every rule on all parameters at once.
+
+    Raises:
+        TypeError: if `inner` is no optimizer or a wrapper already; for integer, complex and 8-bit
+            parameters; at the first step for a rule that does not read its parameters from groups.
+        ValueError: for masters="split" on FP16 or with nothing to split, for parameters that
+            overlap in memory, and for other arguments out of range.
+
+    Numerics:
+        Masters are bit-identical to the bare rule on FP32 parameters given the same gradients.
+        Weights round to nearest: ties to even from full masters, ties away from zero in split ones.
+        Clip, unscale and `grad_factor` multiply FP32 gradients once. FP32 gradients are scaled in
+        place, as by torch's clipping; 16-bit ones are left alone and scaled on their way to FP32.
+
+    >>> import torch
+    >>> import mixprec
+    >>> weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    >>> optimizer = mixprec.MixedPrecision(torch.optim.SGD([weight], lr=1e-3))
+    >>> for _ in range(4):
+    ...     weight.grad = torch.ones_like(weight)
+    ...     optimizer.step()
+    >>> weight[0].item(), [round(m[0].item(), 4) for _, m in optimizer.masters()]
+    (0.99609375, [0.996])
+    """
+
+    # A class switch: True lets a torch.amp.GradScaler hand over FP16 gradients and its scale.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        *,
+        masters: Literal["auto", "full", "split"] = "auto",
+        loss_scaler: LossScaler | None = None,
+        max_grad_norm: float | None = None,
+        on_nonfinite: Literal["skip", "raise"] = "skip",
+        bucket_numel: int | Literal["auto"] | None = "auto",
+    ) -> None:
+        _check_inner(inner)
+        check_options(masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel)
+        check_parameters(inner.param_groups, masters)
+        super().__init__([{"params": []}], {})
+        self.inner = inner
+        self.loss_scaler = loss_scaler
+        self.max_grad_norm = max_grad_norm
+        self.on_nonfinite: Literal["skip", "raise"] = on_nonfinite
+        self._store = MasterStore(masters)
+        self._bucket_numel: int | Literal["auto"] | None = bucket_numel
+        self._admissions: dict[bool, Admission] = {}
+        self._admission: Admission | None = None
+        self._takes_sparse: bool | None = None
+        self._checked = False
+        self._in_model = False
+        self._superseded_by = ""
+        self._warned: set[str] = set()
+        self._losses_seen = loss_scaler.losses_scaled if loss_scaler is not None else 0
+        self._verdict = no_gradients()
+        self._steps = 0
+        self._skipped: Tensor | int = 0
+        self._skips_in_a_row: Tensor | int = 0
+        for name in _HOOKS:
+            setattr(self, name, getattr(inner, name))
+        self.defaults, self.param_groups, self.state = (
+            inner.defaults,
+            inner.param_groups,
+            inner.state,
+        )
+        self._adopt_state()
+        self._take_over()
+
+    def __repr__(self) -> str:
+        return f"MixedPrecision({self.inner!r})"
+
+    # ------------------------------------------------------------------ the step
+
+    @overload
+    def step(self, closure: None = None, *, grad_factor: Tensor | float | None = None) -> None: ...
+    @overload
+    def step(
+        self, closure: Callable[[], float], *, grad_factor: Tensor | float | None = None
+    ) -> float: ...
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_factor: Tensor | float | None = None,
+    ) -> float | None:
+        """Update masters and parameters from the parameters' gradients.
+
+        Args:
+            closure: computes the loss and its gradients again, and returns the loss. With a loss
+                scaler it must scale what it differentiates.
+            grad_factor: multiplies all gradients, in FP32, together with unscaling and clipping:
+                a number or a 0-d tensor, which is not read by the host. 0 says that nothing was
+                counted (a window of padding): the step is the identity and no overflow is recorded.
+
+        Raises:
+            RuntimeError: if a loss scaler is set but no loss was scaled since the last step.
+            FloatingPointError: for non-finite gradients, as `on_nonfinite` says.
+        """
+        return self._step(closure, grad_factor)
+
+    @torch._disable_dynamo
+    def _step(
+        self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
+    ) -> float | None:
+        self._ready(with_loss=closure is not None)
+        vars(self.inner)["_opt_called"] = True  # read by schedulers that are attached to it
+        if self._rule_evaluates(closure):
+            return self._step_by_closure(closure, grad_factor)
+        loss = None if closure is None else self._evaluate(closure)
+        verdict = self._judge(grad_factor, host=False)
+        if verdict.go:
+            self._update(verdict, [] if loss is None else [lambda: loss])
+        self._conclude(verdict)
+        return loss
+
+    def _rule_evaluates(self, closure: Callable[[], float] | None) -> bool:
+        if self._admission is not None:
+            return self._admission.calls_closure
+        return closure is not None  # FP32 parameters only: all is as the rule does it
+
+    def _ready(self, *, with_loss: bool = False) -> None:
+        """Before the first step: one look at the weights and at the rule."""
+        if self._superseded_by:
+            raise RuntimeError(
+                f"parameter {self._superseded_by!r} was given to a MixedPrecision created later; "
+                f"two wrappers would hold two masters of one weight. Step only the newest, or "
+                f"wrap separate parameters."
+            )
+        if self._in_model:
+            raise RuntimeError(
+                "step() inside masters_in_model(): the model holds FP32 masters there, which a "
+                "step would round to FP32. Leave the context first."
+            )
+        self.inner.param_groups, self.inner.state = self.param_groups, self.state
+        if not self._checked:
+            check_weights(self.param_groups)
+            self._checked = True
+        if with_loss not in self._admissions and any(map(self._store.has, self._params())):
+            self._admissions[with_loss] = admit(self.inner, with_loss=with_loss)
+        self._admission = self._admissions.get(with_loss)
+        if self._admission is not None and not self._admission.per_parameter:
+            if self._store.choice == "split":
+                raise TypeError(
+                    f"masters='split' keeps no FP32 masters to show {type(self.inner).__name__} "
+                    f"all at once, and it has to see all tensors together "
+                    f"({self._admission.reason}). Use masters='full'."
+                )
+            self._store.whole = True
+
+    def _judge(self, grad_factor: Tensor | float | None, *, host: bool) -> Verdict:
+        grads = [p.grad for p in self._params() if p.grad is not None]
+        if not grads:
+            return no_gradients()
+        factor, counted = self._unscale_factor(grad_factor, local(grads[0]).device)
+        return judge(
+            grads,
+            factor,
+            counted=counted,
+            external_found_inf=getattr(self, "found_inf", None),
+            max_grad_norm=self.max_grad_norm,
+            on_device=not host and self._skips_on_device(),
+        )
+
+    def _unscale_factor(
+        self, grad_factor: Tensor | float | None, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | bool]:
+        """`grad_factor / loss_scale`, and whether anything was counted."""
+        factor: Tensor | None = None
+        counted: Tensor | bool = True
+        if isinstance(grad_factor, Tensor):
+            factor, counted = grad_factor, grad_factor != 0
+        elif grad_factor is not None:
+            counted = grad_factor != 0
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            factor = torch.tensor(grad_factor, dtype=wide, device=device)
+        inverse = self._inverse_scale()
+        if inverse is not None:
+            factor = inverse if factor is None else factor * inverse.to(factor.device)
+        return factor, counted
+
+    def _inverse_scale(self) -> Tensor | None:
+        external = getattr(self, "grad_scale", None)
+        if self.loss_scaler is None:
+            return None if external is None else external.double().reciprocal().reshape(())
+        if hasattr(self, "found_inf"):
+            raise RuntimeError(
+                "a torch.amp.GradScaler steps this MixedPrecision, which has a loss_scaler of its "
+                "own: gradients would be unscaled twice. Drop one of the two."
+            )
+        if self.loss_scaler.losses_scaled == self._losses_seen:
+            if all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups):
+                return None  # it initialises state, as distributed checkpoints do, and no more
+            raise RuntimeError(
+                f"a loss scaler is set, but no loss was scaled since the last step: gradients "
+                f"would be divided by {self.loss_scaler.get_scale()} that never were multiplied. "
+                f"Call optimizer.loss_scaler.multiply(loss).backward()."
+            )
+        return self.loss_scaler.inverse
+
+    def _skips_on_device(self) -> bool:
+        """Whether the rule is given `found_inf`, so that the host reads nothing.
+
+        Not in a parameter's first step: torch's fused SGD leaves a new momentum buffer
+        uninitialised when it skips.
+        """
+        if self.on_nonfinite == "raise" or not takes_found_inf(self.inner):
+            return False
+        stepped = (p for p in self._params() if p.grad is not None)
+        return all(len(self.state.get(p, ())) > self._store.has(p) for p in stepped)
+
+    def _evaluate(self, closure: Callable[[], float]) -> float:
+        scaler = self.loss_scaler
+        before = scaler.losses_scaled if scaler is not None else -1
+        with torch.enable_grad():
+            loss = closure()
+        if scaler is not None and scaler.losses_scaled == before:
+            raise RuntimeError(
+                "a loss scaler is set, but the closure differentiated a loss that it did not "
+                "scale. In the closure call optimizer.loss_scaler.multiply(loss).backward(), "
+                "then return the loss itself."
+            )
+        return loss
+
+    # ------------------------------------------------------------------ running the rule
+
+    def _update(self, verdict: Verdict, arguments: list[Callable[[], float]]) -> None:
+        inner: Any = self.inner
+        if verdict.found_inf is not None:
+            inner.grad_scale, inner.found_inf = None, verdict.found_inf
+        try:
+            self._run_rule(lambda: rule_of(inner)(inner, *arguments), verdict.factor)
+        finally:
+            if verdict.found_inf is not None:
+                del inner.grad_scale, inner.found_inf
+
+    def _run_rule(
+        self, call: Callable[[], Any], factor: Tensor | None = None, *, everything: bool = False
+    ) -> None:
+        """`call` the rule with masters and their gradients in place, as often as it takes "
+        "buckets."""
+        self._check_sparse()
+        self._scale_fp32_grads(factor)
+        if self._admission is None:
+            with torch.enable_grad():
+                call()
+            return
+        scratch = Scratch()
+        buckets = self._buckets(everything)
+        values = GroupValues(self.param_groups)
+        for bucket in buckets:
+            run = MasterRun(self.inner, self.state, self._store, bucket, scratch)
+            run.take_grads(factor)
+            one_of_many = values.bucket(bucket) if len(buckets) > 1 else nullcontext()
+            with run, one_of_many, torch.enable_grad():
+                call()
+        self._warn_of_edits()
+
+    def _buckets(self, everything: bool) -> list[Bucket]:
+        groups: list[list[Tensor]] = [group["params"] for group in self.param_groups]
+        capacity = self.bucket_numel
+        if self._store.whole or capacity is None:
+            return [dict(enumerate(groups))]
+        if everything:
+            groups = [[p for p in group if self.state.get(p)] for group in groups]
+        else:
+            groups = [[p for p in group if p.grad is not None] for group in groups]
+        return fill_buckets(groups, self._room, capacity)
+
+    def _room(self, param: Tensor) -> int:
+        return Scratch.padded(param.numel()) if self._store.has(param) else 0
+
+    def _scale_fp32_grads(self, factor: Tensor | None) -> None:
+        if factor is not None:
+            grads = [p.grad for p in self._params() if p.grad is not None]
+            scale_((g for g in grads if g.dtype not in LOW), factor)
+
+    def _check_sparse(self) -> None:
+        for p in self._params():
+            if p.grad is not None and p.grad.layout != torch.strided and self._store.has(p):
+                if self._takes_sparse is None:
+                    self._takes_sparse = accepts_sparse(self.inner)
+                if not self._takes_sparse:
+                    raise RuntimeError(
+                        f"the gradient of {self._name(p)} is sparse and "
+                        f"{type(self.inner).__name__} does not take sparse gradients; nothing was "
+                        f"updated. Use SparseAdam, SGD or Adagrad, or an embedding with "
+                        f"sparse=False."
+                    )
+
+    def _step_by_closure(
+        self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
+    ) -> float:
+        """A step of a rule that calls the closure itself, perhaps several times (LBFGS)."""
+        if closure is None:
+            raise TypeError(
+                f"{type(self.inner).__name__} evaluates the loss itself: pass a closure that "
+                f"clears gradients, computes the loss, calls backward and returns the loss."
+            )
+        run: MasterRun | None = None
+        if self._admission is not None:
+            everything = dict(enumerate(g["params"] for g in self.param_groups))
+            run = MasterRun(self.inner, self.state, self._store, everything, Scratch())
+        self._hand_over_early_gradients(run, grad_factor)
+        verdicts: list[Verdict] = []
+
+        def evaluate() -> float:
+            with run.in_model() if run else nullcontext(), torch.no_grad():
+                loss = self._evaluate(closure)
+                verdicts.append(self._judge(grad_factor, host=True))
+                self._refuse_late_overflow(verdicts)
+                self._scale_fp32_grads(verdicts[-1].factor)
+                if run:
+                    run.take_grads(verdicts[-1].factor)
+            return loss
+
+        loss = math.nan
+        with run or nullcontext(), suppress(_Skipped), torch.enable_grad():
+            loss = rule_of(self.inner)(self.inner, evaluate)
+        self._warn_of_edits()
+        self._conclude(verdicts[-1] if verdicts else no_gradients())
+        return loss
+
+    def _hand_over_early_gradients(
+        self, run: MasterRun | None, grad_factor: Tensor | float | None
+    ) -> None:
+        """Gradients from before the closure's first call, which some rules (SAM) begin with."""
+        scaler = self.loss_scaler
+        if run and (scaler is None or scaler.losses_scaled != self._losses_seen):
+            run.take_grads(self._judge(grad_factor, host=True).factor)
+
+    def _refuse_late_overflow(self, verdicts: list[Verdict]) -> None:
+        """An evaluation with nothing to step on ends the step if it is the first, else the run."""
+        if verdicts[-1].go:
+            return
+        if len(verdicts) == 1:
+            raise _Skipped
+        raise FloatingPointError(
+            f"evaluation {len(verdicts)} of the closure in one step of "
+            f"{type(self.inner).__name__} gave non-finite gradients in "
+            f"{', '.join(nonfinite_names(self._named_grads()))}. The rule has moved already, so "
+            f"the step cannot be skipped. Lower lr or the loss scale."
+        )
+
+    def _conclude(self, verdict: Verdict) -> None:
+        """Counters, the loss scaler, and an error where progress has stopped."""
+        overflowed = verdict.overflowed
+        self._verdict = verdict
+        self._steps += 1
+        self._skipped = self._skipped + overflowed
+        self._skips_in_a_row = (self._skips_in_a_row + overflowed) * overflowed
+        scaler = self.loss_scaler
+        if scaler is not None and scaler.losses_scaled != self._losses_seen:
+            scaler.update(verdict.finite, counted=verdict.counted)
+            self._losses_seen = scaler.losses_scaled
+        # Where only the device knows, the host asks once in a while.
+        ask = not isinstance(overflowed, Tensor) or self._steps % MAX_SKIPS_IN_A_ROW == 0
+        external = hasattr(self, "found_inf")  # a GradScaler skips as a matter of course
+        if ask and overflowed and not external:
+            self._report_skip()
+
+    def _report_skip(self) -> None:
+        names = nonfinite_names(self._named_grads())
+        where = f"in {', '.join(map(repr, names))}" if names else "in their norm"
+        if self.on_nonfinite == "raise":
+            raise FloatingPointError(
+                f"gradients are not finite {where}; nothing was updated. Look there first, or pass "
+                f"on_nonfinite='skip' to go on without this step."
+            )
+        if self.loss_scaler is not None:
+            self.loss_scaler.check_progress(self._named_grads())
+            return
+        if int(self._skips_in_a_row) >= MAX_SKIPS_IN_A_ROW:
+            raise FloatingPointError(
+                f"{int(self._skips_in_a_row)} steps in a row were skipped: gradients are not "
+                f"finite {where}. Without a loss scale the cause is the forward pass or the data: "
+                f"look there, or lower the learning rate."
+            )
+        self._warn(
+            "skip",
+            f"gradients are not finite {where}; the step was skipped and nothing changed. Further "
+            f"skips are counted in metrics()['skipped_steps'].",
+        )
+
+    # ------------------------------------------------------------------ masters and weights
+
+    def masters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter with its FP32 master; a parameter that needs no master with itself.
+
+        A full master is the live tensor, a split one a decoded copy. Read them; to change weights,
+        use `masters_in_model` or write to the parameters.
+        """
+        with torch.no_grad():
+            for param in self._params():
+                yield param, self._store.master(self.state, param)
+
+    @contextmanager
+    def masters_in_model(self) -> Generator[None]:
+        """Inside, the model's parameters are their FP32 masters: evaluate, average or export them.
+
+        Parameters keep their identity; their dtype is FP32 inside and what it was afterwards. What
+        is written to them inside is kept: the masters take it over and the weights are rounded from
+        it. Splitting costs FP32 copies of all split masters while it lasts. Not for backward
+        passes.
+
+        >>> import torch
+        >>> import mixprec
+        >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        >>> optimizer = mixprec.MixedPrecision(torch.optim.SGD([weight], lr=0.1))
+        >>> with optimizer.masters_in_model():
+        ...     weight.dtype
+        torch.float32
+        >>> weight.dtype
+        torch.bfloat16
+        """
+        low = [p for p in self._params() if self._store.has(p)]
+        weights = [p.data for p in low]
+        for param, (_, master) in zip(low, self._low_masters(), strict=True):
+            param.data = master
+        versions = [p._version for p in low]
+        self._in_model = True
+        try:
+            yield
+        finally:
+            self._in_model = False
+            for param, weight, version in zip(low, weights, versions, strict=True):
+                master, edited = param.data, param._version != version
+                param.data = weight
+                if edited:
+                    self._store.set(self.state, param, master)
+
+    @torch.no_grad()
+    def fp32_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """`model.state_dict()` with masters in place of 16-bit parameters, everything else in FP32.
+
+        Tied names share one tensor. 16-bit parameters that this optimizer does not hold, and
+        16-bit buffers, are widened.
+
+        Raises:
+            ValueError: if the model holds none of this optimizer's parameters.
+        """
+        return fp32_weights.fp32_state_dict(model, self.masters())
+
+    @torch.no_grad()
+    def load_fp32_state_dict(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Load FP32 weights: masters keep every bit, 16-bit parameters get their rounding.
+
+        Raises:
+            ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
+        """
+        ours = {id(param) for param in self._params() if self._store.has(param)}
+
+        def set_master(param: Tensor, value: Tensor) -> bool:
+            if id(param) in ours:
+                self._store.set(self.state, param, value.float())
+            return id(param) in ours
+
+        fp32_weights.load_fp32_state_dict(model, state_dict, set_master)
+
+    @torch.no_grad()
+    def adopt_params(self) -> None:
+        """Start every master from its parameter's value, exactly, after editing weights by hand.
+
+        Edits are followed without this call as well: a full master is read again where its weight
+        is no longer its rounding, and a split one keeps no more than a remainder below half of the
+        weight's spacing. This drops those remainders too.
+        """
+        for param in self._params():
+            if MASTER in self.state.get(param, ()) or param in self._store.early:
+                self._store.set(self.state, param, param.detach().float())
+
+    # ------------------------------------------------------------------ state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its parameters get masters at their first step."""
+        if not hasattr(self, "inner"):
+            super().add_param_group(param_group)
+            return
+        known = len(self.param_groups)
+        self.inner.add_param_group(param_group)
+        try:
+            check_parameters(self.param_groups, self._store.choice)
+        except (TypeError, ValueError):
+            del self.param_groups[known:]
+            raise
+        self._adopt_state()
+        self._take_over()
+        self._admissions.clear()
+        self._checked = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the parameters' gradients, as the inner optimizer does."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+
+    def train(self, mode: bool = True) -> None:
+        """Pass `train()` or `eval()` on to a rule that has modes (schedule-free); else nothing."""
+        method: Callable[[], Any] | None = getattr(self.inner, "train" if mode else "eval", None)
+        if method is None:
+            return
+        if any(self.state.get(p) for p in self._params()):
+            self._ready()
+            self._run_rule(method, everything=True)
+            return
+        method()  # nothing to move yet, and a rule may want its mode before it is tried
+        for param in [p for p in self._params() if p in self.state and not self.state[p]]:
+            del self.state[param]
+
+    def eval(self) -> None:
+        """Pass `eval()` on to a rule that has modes, see `train`."""
+        self.train(False)
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the state of all parameters that have none, as it is before a first step.
+
+        Distributed checkpoints read the state of a fresh optimizer as the template of what to
+        load, and want every parameter to have some. The rule runs on copies with zero gradients at
+        lr = 0; counters called `step` are set back to 0, and groups are left as they are.
+
+        Raises:
+            RuntimeError: for a rule that evaluates closures (LBFGS), whose state needs a loss.
+        """
+        self._ready()
+        if self._admission is not None and self._admission.calls_closure:
+            raise RuntimeError(
+                f"{type(self.inner).__name__} makes its state from a closure's loss; step once "
+                f"before saving or loading a distributed checkpoint."
+            )
+        new = [
+            (index, param)
+            for index, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.requires_grad and not set(self.state.get(param, ())) - {MASTER}
+        ]
+        one_by_one = self._admission is None or self._admission.per_parameter
+        for chosen in [[item] for item in new] if one_by_one else [new]:
+            make_state(self.inner, self.state, self._store, chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner rule's state dict, with an FP32 `master` for each 16-bit parameter.
+
+        Masters are decoded, so full and split checkpoints are one format, and a bare optimizer on
+        FP32 parameters loads them too. Empty before the first step, as for any optimizer.
+        """
+        decode = self.register_state_dict_post_hook(self._decode, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            decode.remove()
+
+    @torch.no_grad()
+    def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        state = dict(state_dict["state"])
+        for key, param in zip(ids, self._params(), strict=True):
+            if MASTER in state.get(key, ()) or param in self._store.early:
+                master = self._store.master(self.state, param)
+                state[key] = {**state.get(key, {}), MASTER: master}
+        return {**state_dict, "state": state}
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, in either storage, or of the bare inner optimizer.
+
+        Everything is checked first; if it fails, nothing has changed. States come back at the dtype
+        they were saved in. Weights are not written: where a weight is not the rounding of the
+        loaded master when the next step begins, the weight wins, with a warning. So the model and
+        the optimizer may be loaded in either order.
+
+        Raises:
+            ValueError: naming what is missing, too much or misshapen in the checkpoint.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed: Any = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        saved_groups, saved_state = deepcopy(state_dict["param_groups"]), state_dict["state"]
+        torch_rule = type(self.inner).__module__.startswith("torch.optim")
+        pairs = checkpoint.pair(saved_groups, self.param_groups, self._name)
+        checkpoint.check(saved_state, pairs, self._name, torch_rule=torch_rule)
+        group_of = {key: group for group in saved_groups for key in group["params"]}
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, entry in saved_state.items():
+            if key not in pairs:
+                state[key] = entry
+                continue
+            param = pairs[key]
+            state[param] = checkpoint.restored(entry, param, group_of[key], torch_rule=torch_rule)
+            if not self._store.has(param):
+                state[param].pop(MASTER, None)
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            kept = {key: group[key] for key in ("params", "param_names") if key in group}
+            group.clear()
+            group.update({**saved, **kept})
+        self.inner.__setstate__({"state": state, "param_groups": self.param_groups})
+        self.state = self.inner.state
+        self._store.early.clear()
+        self._store.forget_versions()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        shared = {"state", "param_groups", "defaults"}
+        own = {k: v for k, v in vars(self).items() if k != "inner" and _is_picklable(k)}
+        rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
+        return {**own, "inner": (type(self.inner), rule)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "inner" not in state:
+            super().__setstate__(state)
+            return
+        (kind, rule), own = state["inner"], {k: v for k, v in state.items() if k != "inner"}
+        self.inner = object.__new__(kind)
+        hooks = {name: OrderedDict[int, Any]() for name in _HOOKS}
+        vars(self).update(own, **hooks)
+        shared = {name: own[name] for name in ("state", "param_groups", "defaults")}
+        vars(self.inner).update(rule, **shared, **hooks)
+        self._patch_step_function()
+        self.inner._patch_step_function()
+        self._store.forget_versions()
+        self._superseded_by = ""
+        self._take_over()
+
+    # ------------------------------------------------------------------ what happened, and why
+
+    @property
+    def grads_finite(self) -> bool:
+        """Whether the last step went through; False if an overflow made it skip. May "
+        "synchronise."""
+        return not bool(self._verdict.overflowed)
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last step and counts since construction, as floats. May synchronise.
+
+        `grad_norm` is the L2 norm after unscaling and before clipping.
+        """
+        metrics = {
+            "grad_norm": float(self._verdict.norm),
+            "steps": float(self._steps),
+            "skipped_steps": float(self._skipped),
+            "skips_in_a_row": float(self._skips_in_a_row),
+        }
+        if self.loss_scaler is not None:
+            metrics["loss_scale"] = self.loss_scaler.get_scale()
+        return metrics
+
+    def explain(self) -> str:
+        """How the rule runs and why, and what each group's masters cost."""
+        admission = self._admission
+        if admission is None and any(map(self._store.has, self._params())):
+            admission = admit(self.inner)
+            self._store.whole = not admission.per_parameter
+        details = [f"non-finite gradients: {self.on_nonfinite} the step"]
+        if self.max_grad_norm is not None:
+            details.append(f"gradients clipped to norm {self.max_grad_norm} in FP32")
+        if self.loss_scaler is not None:
+            details.append(f"loss scaled by {type(self.loss_scaler).__name__}")
+        return explain(
+            type(self.inner).__name__,
+            self.param_groups,
+            admission,
+            self._store.storage,
+            self.bucket_numel,
+            details,
+        )
+
+    @property
+    def bucket_numel(self) -> int | None:
+        """Elements of FP32 scratch for a rule that runs bucket by bucket."""
+        if self._bucket_numel != "auto":
+            return self._bucket_numel
+        device = next((p.device.type for p in self._params()), "cpu")
+        return 2**18 if device == "cpu" else 2**22
+
+    # ------------------------------------------------------------------ small things
+
+    def _params(self) -> Iterator[Tensor]:
+        return (param for group in self.param_groups for param in group["params"])
+
+    def _low_masters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return ((p, master) for p, master in self.masters() if self._store.has(p))
+
+    def _named_grads(self) -> list[tuple[str, Tensor]]:
+        named = names_of(self.param_groups)
+        return [(name, param.grad) for param, name in named if param.grad is not None]
+
+    def _name(self, param: Tensor) -> str:
+        return next(name for other, name in names_of(self.param_groups) if other is param)
+
+    def _adopt_state(self) -> None:
+        """Widen what the inner optimizer has kept so far for 16-bit parameters."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                entry = self.state.get(param)
+                if entry and self._store.has(param) and MASTER not in entry:
+                    self.state[param] = checkpoint.widened(entry, param)
+                    checkpoint.refill_adagrad(self.inner, group, self.state[param])
+
+    def _take_over(self) -> None:
+        """Become the one wrapper of these parameters."""
+        for param, name in names_of(self.param_groups):
+            owner = _owners[param]() if param in _owners else None
+            if owner is not None and owner is not self:
+                owner._superseded_by = name
+            _owners[param] = weakref.ref(self)
+
+    def _warn_of_edits(self) -> None:
+        if self._store.edited:
+            first = self._name(self._store.edited[0])
+            self._warn(
+                "edit",
+                f"{len(self._store.edited)} parameters ({first} first) were written outside of "
+                f"step() since their masters were; masters were read again where they differ, "
+                f"and kept their FP32 bits elsewhere. Call adopt_params() after an intended edit.",
+            )
+            self._store.edited.clear()
+
+    def _warn(self, cause: str, message: str) -> None:
+        """Warn once for each cause, at the line that called step."""
+        if cause not in self._warned:
+            self._warned.add(cause)
+            warnings.warn(message, RuntimeWarning, stacklevel=_user_level())
+
+
+def _is_picklable(name: str) -> bool:
+    """Schedulers put a bound `step` on the instance; torch leaves hooks out of its pickles too."""
+    return name not in _HOOKS and name not in ("step", "grad_scale", "found_inf")
+
+
+def _check_inner(inner: object) -> None:
+    if isinstance(inner, MixedPrecision):
+        raise TypeError(
+            "inner is a MixedPrecision already: two wrappers would hold two masters of one weight. "
+            "Wrap its inner optimizer, or use it as it is."
+        )
+    if not isinstance(inner, Optimizer):
+        hint = " Call the class first." if isinstance(inner, type) else ""
+        kind = inner.__name__ if isinstance(inner, type) else type(inner).__name__
+        raise TypeError(
+            f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
+            f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
+        )
+
+
+def _user_level() -> int:
+    """`stacklevel` of the first frame outside of this package and of torch."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module.split(".")[0] not in ("mixprec", "torch", "contextlib"):
+            break
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,0 +1,137 @@
+"""One guarded step of a plain optimizer whose gradients carry a known factor.
+
+A plain optimizer is any `torch.optim.Optimizer` over FP32 or FP64 parameters that is not wrapped
+in MixedPrecision. Its gradients are multiplied by the factor that takes the loss scale and the
+token count off, in place and in their own precision; the step happens only if all of them are
+finite and the factor is not 0, which stands for a window without tokens. The host reads one bool,
+or none for torch's fused rules, which can be told on the device to leave everything as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mixprec.gradients import grad_norm, scale_
+
+__all__ = ["Outcome", "check_plain", "is_mixed_precision", "refuse_closure_rule", "step_plain"]
+
+
+class Outcome(NamedTuple):
+    """What a step came to. `grads_finite` and `counted` are 0-d bools on the factor's device."""
+
+    grads_finite: Tensor
+    counted: Tensor
+    """False for a step that tells nothing about the gradients: a factor of 0, or none there."""
+    stepped: bool | None
+    """None where the device decided and the host does not know."""
+    named_grads: list[tuple[str, Tensor]]
+
+
+def is_mixed_precision(optimizer: Optimizer) -> bool:
+    """Whether `optimizer` unscales by itself.
+
+    The protocol is an attribute `loss_scaler` (a scaler or None), and `step(closure=None, *,
+    grad_factor=None)`, which multiplies gradients by the 0-d tensor `grad_factor` and by the
+    scaler's `inverse`, and does nothing at all where `grad_factor` is 0.
+    """
+    return hasattr(optimizer, "loss_scaler")
+
+
+def refuse_closure_rule(optimizer: Optimizer) -> None:
+    """Raise TypeError for a rule, such as LBFGS, that cannot step without a closure."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{type(optimizer).__name__} evaluates the loss several times in a step, and each time "
+            f"the loss scale and the token count must come off the gradients. Call "
+            f"mixprec.MixedPrecision(...).step(closure) with a closure that multiplies the loss by "
+            f"the loss scale and divides it by the number of tokens."
+        )
+
+
+def check_plain(optimizer: Optimizer) -> None:
+    """Raise TypeError if `step_plain` would not do right by this optimizer."""
+    refuse_closure_rule(optimizer)
+    for name, param in _named_params(optimizer):
+        if param.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{name} is {param.dtype}, and a plain optimizer would unscale and update it in "
+                f"that precision, where small gradients and updates vanish. Wrap it: "
+                f"mixprec.MixedPrecision({type(optimizer).__name__}(...))."
+            )
+
+
+def step_plain(optimizer: Optimizer, factor: Tensor) -> Outcome:
+    """Multiply gradients by `factor`, 0-d; step if all are finite and `factor` is not 0.
+
+    Finite is what has a finite norm (`gradients.grad_norm`): elements beyond 1e19 overflow.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> weight.grad = torch.tensor([4.0, 8.0])
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+    >>> step_plain(optimizer, torch.tensor(0.25)).stepped, weight.data
+    (True, tensor([-1., -2.]))
+    >>> weight.grad = torch.tensor([1.0, float("inf")])
+    >>> step_plain(optimizer, torch.tensor(0.25)).stepped, weight.data
+    (False, tensor([-1., -2.]))
+    """
+    check_plain(optimizer)
+    named_grads = [(name, p.grad) for name, p in _named_params(optimizer) if p.grad is not None]
+    for name, grad in named_grads:
+        _refuse_sharded(name, grad)
+    grads = [grad for _, grad in named_grads]
+    scale_(grads, factor)
+    grads_finite = torch.isfinite(grad_norm(grads)).to(factor.device)
+    counted = (factor != 0) & bool(grads)
+    stepped = _step_if(grads_finite & counted, optimizer)
+    return Outcome(grads_finite, counted, stepped, named_grads)
+
+
+def _step_if(proceed: Tensor, optimizer: Optimizer) -> bool | None:
+    if not _skips_on_device(optimizer):
+        stepped = bool(proceed)
+        if stepped:
+            optimizer.step()
+        return stepped
+    optimizer.found_inf = proceed.logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+    return None
+
+
+def _skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether each group's rule takes `found_inf`; torch's others assert that there is none.
+
+    Not in a parameter's first step: the momentum that fused SGD makes there is left uninitialised
+    if it skips.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    stepped = (p for _, p in _named_params(optimizer) if p.grad is not None)
+    return all(optimizer.state.get(p) for p in stepped)
+
+
+def _named_params(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for index, group in enumerate(optimizer.param_groups):
+        names: list[str] | None = group.get("param_names")
+        for place, param in enumerate(group["params"]):
+            yield names[place] if names else f"param_groups[{index}]['params'][{place}]", param
+
+
+def _refuse_sharded(name: str, grad: Tensor) -> None:
+    if hasattr(grad, "_local_tensor"):
+        raise TypeError(
+            f"the gradient of {name} is sharded, and each rank would decide by its own shard "
+            f"whether to step. Wrap the optimizer in mixprec.MixedPrecision, whose ranks agree."
+        )

@@ -1,0 +1,134 @@
+"""The guarded step of optimizers over FP32 and FP64 parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, AdamW, Optimizer
+
+from mixprec.plain_step import check_plain, step_plain
+
+BAD = [float("inf"), -float("inf"), float("nan")]
+RULES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda params: SGD(params, lr=0.5, momentum=0.9),
+    "adamw": lambda params: AdamW(params, lr=0.5),
+    "fused sgd": lambda params: SGD(params, lr=0.5, momentum=0.9, fused=True),
+    "fused adamw": lambda params: AdamW(params, lr=0.5, fused=True),
+}
+each_rule = pytest.mark.parametrize("rule", list(RULES))
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.tensor([1.0, -2.0], dtype=dtype)), nn.Parameter(torch.ones(3, 2))]
+
+
+def set_grads(params: list[nn.Parameter], value: float) -> None:
+    for param in params:
+        param.grad = torch.full_like(param, value)
+
+
+def everything(optimizer: Optimizer) -> list[Tensor]:
+    """Parameters and all tensors of their state, cloned."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [value for p in params for value in optimizer.state[p].values()]
+    return [tensor.detach().clone() for tensor in [*params, *states]]
+
+
+@each_rule
+def test_a_finite_step_is_the_bare_step_on_multiplied_gradients(rule: str) -> None:
+    ours, bare = parameters(), parameters()
+    guarded, plain = RULES[rule](ours), RULES[rule](bare)
+    for value in (8.0, -4.0, 2.0):
+        set_grads(ours, value)
+        set_grads(bare, value / 4)
+        step_plain(guarded, torch.tensor(0.25, dtype=torch.float64))
+        plain.step()
+        assert all(map(torch.equal, everything(guarded), everything(plain)))
+
+
+@each_rule
+@pytest.mark.parametrize("bad", [*BAD, 0.0], ids=str)
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+def test_a_skipped_step_changes_no_parameter_and_no_state(
+    rule: str, bad: float, first: bool
+) -> None:
+    """`bad` stands in a gradient, or, if it is 0, for the factor."""
+    params = parameters()
+    optimizer = RULES[rule](params)
+    if not first:
+        set_grads(params, 1.0)
+        step_plain(optimizer, torch.tensor(1.0))
+    before = everything(optimizer)
+    set_grads(params, 1.0)
+    if bad:
+        params[1].grad = torch.tensor([[1.0, 1.0], [bad, 1.0], [1.0, 1.0]])
+    outcome = step_plain(optimizer, torch.tensor(1.0 if bad else 0.0))
+    assert not bool(outcome.grads_finite & outcome.counted)
+    assert bool(outcome.counted) == bool(bad)
+    assert all(map(torch.equal, everything(optimizer), before))
+
+
+def test_fused_rules_decide_on_the_device_from_their_second_step_on() -> None:
+    params = parameters()
+    optimizer = RULES["fused adamw"](params)
+    stepped: list[bool | None] = []
+    for _ in range(3):
+        set_grads(params, 1.0)
+        stepped.append(step_plain(optimizer, torch.tensor(1.0)).stepped)
+    assert stepped == [True, None, None]
+    assert not hasattr(optimizer, "found_inf")
+
+
+def test_groups_that_are_not_all_fused_are_stepped_by_the_host() -> None:
+    params = parameters()
+    groups = [{"params": params[:1]}, {"params": params[1:], "fused": False}]
+    optimizer = AdamW(groups, lr=0.5, fused=True)
+    for _ in range(2):
+        set_grads(params, 1.0)
+        assert step_plain(optimizer, torch.tensor(1.0)).stepped is True
+
+
+def test_an_optimizer_without_gradients_is_not_stepped_and_tells_nothing() -> None:
+    outcome = step_plain(RULES["adamw"](parameters()), torch.tensor(1.0))
+    assert outcome.stepped is False
+    assert not outcome.counted and outcome.named_grads == []
+
+
+def test_fp64_gradients_are_multiplied_in_fp64() -> None:
+    params = parameters(torch.float64)
+    set_grads(params, 1.0)
+    outcome = step_plain(RULES["sgd"](params), torch.tensor(1 / 3, dtype=torch.float64))
+    assert outcome.named_grads[0][1].tolist() == [1 / 3, 1 / 3]
+
+
+def test_gradients_are_named_by_the_optimizer_or_by_their_place() -> None:
+    params = parameters()
+    set_grads(params, 1.0)
+    by_place = step_plain(RULES["sgd"](params), torch.tensor(1.0)).named_grads
+    named = SGD([("head", params[0]), ("body", params[1])], lr=0.5)
+    by_name = step_plain(named, torch.tensor(1.0)).named_grads
+    assert [name for name, _ in by_place] == [f"param_groups[0]['params'][{i}]" for i in (0, 1)]
+    assert [name for name, _ in by_name] == ["head", "body"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_parameters_are_refused_by_name(dtype: torch.dtype) -> None:
+    optimizer = SGD([("head.weight", nn.Parameter(torch.ones(2, dtype=dtype)))], lr=0.5)
+    with pytest.raises(TypeError, match=rf"head\.weight is {dtype}.*mixprec\.MixedPrecision\(SGD"):
+        check_plain(optimizer)
+
+
+def test_rules_that_evaluate_the_loss_themselves_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"LBFGS evaluates the loss several times.*step\(closure\)"):
+        check_plain(LBFGS(parameters()))
+
+
+def test_sharded_gradients_are_refused_by_name() -> None:
+    params = parameters()
+    set_grads(params, 1.0)
+    params[1].grad._local_tensor = torch.ones(3, 2)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+    with pytest.raises(TypeError, match=r"\['params'\]\[1\] is sharded.*whose ranks agree"):
+        step_plain(RULES["sgd"](params), torch.tensor(1.0))
