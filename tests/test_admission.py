@@ -1,0 +1,246 @@
+"""Rules made to fool the trial: each couples tensors, or escapes its groups, in another way."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+import mixprec
+from mixprec.admission import Admission, accepts_sparse, admit
+
+
+def low(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = shapes or ((8, 6), (6,), (4, 8))
+    return [nn.Parameter(torch.randn(s, generator=generator).bfloat16()) for s in shapes]
+
+
+class Rule(Optimizer):
+    """Plain gradient descent, to be bent by subclasses."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def stepped(self) -> list[tuple[dict[str, Any], Tensor, Tensor]]:
+        return [
+            (group, p, p.grad)
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group, p, grad in self.stepped():
+            p.add_(grad, alpha=-group["lr"])
+
+
+class ClipsGlobally(Rule):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        grads = [grad for _, _, grad in self.stepped()]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.ones(())
+        for group, p, grad in self.stepped():
+            p.add_(grad, alpha=-group["lr"] / max(1.0, norm.item() / 1000.0))
+
+
+class CountsOnItself(Rule):
+    count = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        super().step()
+
+
+class CountsInItsGroup(Rule):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+        for group, p, grad in self.stepped():
+            p.add_(grad, alpha=-group["lr"] / group["k"])
+
+
+class CountsInATensor(Rule):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group.setdefault("k", torch.zeros(())).add_(1)
+        for group, p, grad in self.stepped():
+            p.sub_(grad * group["lr"] / group["k"])
+
+
+class AdaptsItsGroup(Rule):
+    """Like Prodigy: a step size from all gradients, kept in the group."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            grads = [p.grad for p in group["params"] if p.grad is not None]
+            group["d"] = group.get("d", 0.0) + sum(float(g.abs().sum()) for g in grads)
+        for group, p, grad in self.stepped():
+            p.add_(grad, alpha=-group["lr"] / (1.0 + group["d"]))
+
+
+class KeysStateByName(Rule):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        shared: dict[str, int] = self.state["shared"]  # pyright: ignore[reportArgumentType]
+        shared["k"] = shared.get("k", 0) + 1
+        for group, p, grad in self.stepped():
+            p.add_(grad, alpha=-group["lr"] / shared["k"])
+
+
+class KeepsItsOwnList(Rule):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.own = [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for p in self.own:
+            if p.grad is not None:
+                p.add_(p.grad, alpha=-0.1)
+
+
+class UsesTheLoss(Rule):
+    """Like the Polyak step size; a counter moves only with a loss."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            self.mean_loss = 0.5 * getattr(self, "mean_loss", 0.0) + 0.5 * float(closure())
+        for _, p, grad in self.stepped():
+            p.add_(grad, alpha=-getattr(self, "mean_loss", 0.0))
+
+
+class CannotRun(Rule):
+    def step(self, closure: Any = None) -> Any:
+        raise NotImplementedError("updates happen in backward")
+
+
+class DrawsNoise(Rule):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group, p, grad in self.stepped():
+            p.add_(grad + torch.randn_like(p), alpha=-group["lr"] * random.random())
+
+
+@pytest.mark.parametrize("rule", [Rule, CountsInItsGroup, CountsInATensor, DrawsNoise, SGD, AdamW])
+def test_rules_that_treat_tensors_one_by_one_run_in_buckets(rule: Any) -> None:
+    assert admit(rule(low(), lr=0.1)).per_parameter
+
+
+@pytest.mark.parametrize(
+    "rule", [ClipsGlobally, CountsOnItself, AdaptsItsGroup, KeysStateByName, torch.optim.LBFGS]
+)
+def test_rules_that_couple_tensors_run_whole_and_say_why(rule: Any) -> None:
+    admission = admit(rule(low(), lr=0.1))
+    assert not admission.per_parameter
+    assert admission.reason
+
+
+@pytest.mark.parametrize("rule", [ClipsGlobally, CountsOnItself, AdaptsItsGroup, KeysStateByName])
+def test_coupled_rules_equal_the_bare_rule_on_fp32_parameters(rule: Any) -> None:
+    params = low()
+    reference = [nn.Parameter(p.detach().float()) for p in params]
+    optimizer, bare = mixprec.MixedPrecision(rule(params), bucket_numel=8), rule(reference)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for p, q in zip(params, reference, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+            q.grad = p.grad.float()
+        optimizer.step()
+        bare.step()
+    masters = [master for _, master in optimizer.masters()]
+    torch.testing.assert_close(masters, [q.detach() for q in reference], rtol=0, atol=0)
+
+
+def test_rule_that_keeps_its_own_list_of_parameters_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"KeepsItsOwnList cannot run on FP32 masters.*outside of"):
+        admit(KeepsItsOwnList(low()))
+
+
+def test_rule_that_cannot_be_tried_is_refused_with_its_own_words() -> None:
+    with pytest.raises(TypeError, match=r"could not be tried.*updates happen in backward"):
+        admit(CannotRun(low()))
+
+
+def test_refused_rule_changes_no_weight() -> None:
+    params = low()
+    before = [p.detach().clone() for p in params]
+    optimizer = mixprec.MixedPrecision(KeepsItsOwnList(params))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(TypeError, match="cannot run on FP32 masters"):
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert not optimizer.state
+
+
+def test_rule_that_uses_the_loss_gets_it_and_is_tried_with_it() -> None:
+    assert admit(UsesTheLoss(low())).per_parameter
+    assert not admit(UsesTheLoss(low()), with_loss=True).per_parameter
+    params = low()
+    optimizer = mixprec.MixedPrecision(UsesTheLoss(params))
+
+    def closure() -> float:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        return 2.0
+
+    before = [p.detach().float() for p in params]
+    optimizer.step(closure)
+    for (_, master), start in zip(optimizer.masters(), before, strict=True):
+        torch.testing.assert_close(master, start - 1.0, rtol=0, atol=0)
+
+
+def test_trial_leaves_optimizer_and_random_state_alone() -> None:
+    params = low()
+    optimizer = AdamW(params, lr=0.1)
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = torch.randn(3), random.random()
+    torch.manual_seed(3)
+    random.seed(3)
+    before = [p.detach().clone() for p in params]
+    group = dict(optimizer.param_groups[0])
+    admit(optimizer)
+    assert torch.equal(torch.randn(3), expected[0]) and random.random() == expected[1]
+    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    assert dict(optimizer.param_groups[0]) == group
+    assert not optimizer.state
+
+
+def test_learning_rate_that_a_warm_up_starts_at_zero_does_not_hide_coupling() -> None:
+    assert not admit(AdaptsItsGroup(low(), lr=0.0)).per_parameter
+
+
+def test_rule_that_has_stepped_is_tried_afresh() -> None:
+    params = low()
+    rule = CountsInItsGroup(params)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    rule.step()
+    rule.state[params[0]]["anything"] = torch.zeros(8, 6)
+    assert admit(rule).per_parameter
+    assert rule.param_groups[0]["k"] == 1
+
+
+def test_sparse_gradients_are_accepted_where_the_rule_takes_them() -> None:
+    table = low((6, 4))
+    assert accepts_sparse(SGD(table, lr=0.1))
+    assert accepts_sparse(torch.optim.SparseAdam(table))
+    assert not accepts_sparse(AdamW(table))
+
+
+def test_reason_is_part_of_the_answer() -> None:
+    assert admit(Rule(low())) == Admission(
+        True, False, "each tensor's update depends on that tensor alone"
+    )
