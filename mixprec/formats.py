@@ -18,7 +18,6 @@ two. Three moves connect the formats:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -202,16 +201,9 @@ def split(
     bf16, int16 = out
     _require("split", "out[0]", bf16, torch.bfloat16, fp32.shape)
     _require("split", "out[1]", int16, torch.int16, fp32.shape)
-    if scratch is not None:
-        _require("split", "scratch", scratch, torch.int32, fp32.shape)
-    for block in _blocks(fp32, bf16, int16, scratch):
-        _split_block(*block)
-    return bf16, int16
-
-
-def _split_block(fp32: Tensor, bf16: Tensor, int16: Tensor, scratch: Tensor | None = None) -> None:
     if scratch is None:
         scratch = torch.empty_like(fp32, dtype=torch.int32)
+    _require("split", "scratch", scratch, torch.int32, fp32.shape)
     bits = fp32.view(torch.int32)
     if _may_hold_nan(fp32):
         # Other NaN patterns would round to inf or, from 0x7FFF8000 on, wrap around to zero.
@@ -221,6 +213,7 @@ def _split_block(fp32: Tensor, bf16: Tensor, int16: Tensor, scratch: Tensor | No
     int16.copy_(bits)
     torch.add(bits, 0x8000, out=scratch).bitwise_right_shift_(16)
     bf16.view(torch.int16).copy_(scratch)
+    return bf16, int16
 
 
 @torch.no_grad()
@@ -253,41 +246,20 @@ def join(
     _require("join", "bf16", bf16, torch.bfloat16, bf16.shape)
     _require("join", "int16", int16, torch.int16, bf16.shape)
     _require("join", "out", out, torch.float32, bf16.shape)
-    if scratch is not None:
-        _require("join", "scratch", scratch, torch.int32, bf16.shape)
-    for block in _blocks(bf16, int16, out, scratch):
-        _join_block(*block)
-    return out
-
-
-def _join_block(bf16: Tensor, int16: Tensor, out: Tensor, scratch: Tensor | None = None) -> None:
+    if scratch is None:
+        scratch = torch.empty_like(int16, dtype=torch.int32)
+    _require("join", "scratch", scratch, torch.int32, bf16.shape)
     out.copy_(bf16)
-    wide = int16.to(torch.int32) if scratch is None else scratch.copy_(int16)
-    out.view(torch.int32).add_(wide)
+    out.view(torch.int32).add_(scratch.copy_(int16))
     if _may_hold_nan(out):
         # The bits of an impossible pair, and of no possible one, form a NaN.
         out.copy_(torch.where(out.isnan(), bf16, out))
-
-
-_BLOCK = 2**16
-"""Elements a CPU takes at a time. With 12 bytes each they stay in 1 MB of cache over all passes;
-one sweep over a large tensor took up to twice as long."""
-
-
-def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-    """The given ones of `tensors` in flat pieces; whole where a pass is a launch, or not flat."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    flat = all(tensor.is_cpu and tensor.is_contiguous() for tensor in given)
-    if flat and given[0].numel() > _BLOCK:
-        yield from zip(*(tensor.view(-1).split(_BLOCK) for tensor in given), strict=True)
-    else:
-        yield tuple(given)
+    return out
 
 
 def _may_hold_nan(tensor: Tensor) -> bool:
-    """False only if there is none, which on a CPU one sum proves at a tenth of a comparison's cost.
-
-    On other devices the answer is True: to read the sum, the host would have to wait.
+    """Whether there may be a NaN. On a CPU a finite sum proves that there is none, at a tenth of a
+    comparison's cost; elsewhere the host would have to wait for the sum, so the answer is True.
     """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return True

@@ -18,6 +18,9 @@ from torch import Tensor
 __all__ = ["grad_norm", "local", "nonfinite_names", "scale_"]
 
 
+_IN_CACHE = 2**17  # elements: 512 KiB in FP32, within a core's L2; a third of the time of 2^20
+
+
 def local(tensor: Tensor) -> Tensor:
     """The shard that this process holds of a DTensor; any other tensor itself."""
     shard: Tensor = getattr(tensor, "_local_tensor", tensor)
@@ -45,6 +48,9 @@ def grad_norm(grads: Sequence[Tensor]) -> Tensor:
     for same in _by_device_and_dtype(dense):
         # Without `dtype` the sum of squares would be kept in the gradients' own 16 bits.
         wider = None if same[0].dtype == accumulator else accumulator
+        if wider is not None and same[0].device.type == "cpu":
+            # Torch widens a whole tensor into memory there; a part of it stays in the cache.
+            same = [part for grad in same for part in grad.reshape(-1).split(_IN_CACHE)]
         found = torch._foreach_norm(same, 2, dtype=wider)
         norms.extend(norm.to(device=dense[0].device, dtype=accumulator) for norm in found)
     return torch.linalg.vector_norm(torch.stack(norms))

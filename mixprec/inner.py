@@ -190,6 +190,8 @@ def fill_buckets(
 
 def same(left: Any, right: Any) -> bool:
     """Equality of nested values, bit by bit for tensors (a NaN equals itself)."""
+    if left is right:
+        return True
     if isinstance(left, _TensorValue) and isinstance(right, _TensorValue):
         unchanged = left.tensor is right.tensor and left.version == right.version
         return unchanged or same(left.value, right.value)
@@ -204,13 +206,11 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, float):
         return left == right or (left != left and right != right)
     if hasattr(left, "__dict__") and not callable(left):
-        return left is right or same(vars(left), vars(right))
-    return left is right or bool(left == right)
+        return same(vars(left), vars(right))
+    return bool(left == right)
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    if left is right:
-        return True
     if left.dtype != right.dtype or left.shape != right.shape or left.layout != right.layout:
         return False
     return bool(torch.equal(_bytes(left), _bytes(right)))

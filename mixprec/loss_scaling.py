@@ -34,7 +34,7 @@ of an iteration before its first step, or use up one optimizer's gradients befor
 multiplied. Where neither holds, give each optimizer a scaler of its own.
 
 With hysteresis 1, S takes the values of `torch.amp.GradScaler`, but stops at its two bounds instead
-of running on to 0 (from where it never returns) or to infinity. An update launches about a dozen
+of running on to 0 (from where it never returns) or to infinity. An update launches about twenty
 0-d kernels; `multiply`, `inverse` and `update` never wait for the device.
 """
 
@@ -57,6 +57,27 @@ __all__ = ["DynamicLossScaler", "StaticLossScaler"]
 
 # So that S and 1/S are both normal FP32 numbers: multiplying by a subnormal one would round.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
+
+# In the order of _State.
+_STATE_KEYS = ("scale", "_growth_tracker", "_overflows_in_a_row", "_scale_before_overflows")
+
+_GRAD_SCALER_KEYS = (
+    "scale",
+    "growth_factor",
+    "backoff_factor",
+    "growth_interval",
+    "_growth_tracker",
+)
+
+_SCALE_TOO_HIGH = (
+    "It may still be too high: start or let it fall lower (init_scale, min_scale, or a smaller "
+    "StaticLossScaler). If not, look for NaN in the batch and in the weights."
+)
+_SCALE_NOT_TO_BLAME = (
+    "So scaling is not what overflows. Look for NaN in the batch and in the weights, keep these "
+    'layers in FP32 with mixprec.cast_model(..., keep_fp32=["name"]), or train in BF16, which has '
+    "FP32's range."
+)
 
 
 class _State(NamedTuple):
@@ -121,14 +142,14 @@ class _Policy:
 
     def move(self, state: _State, verdict: _Verdict) -> _State:
         finite, counted = verdict
-        growth_tracker = torch.where(finite, state.growth_tracker + 1, 0)
-        overflows = torch.where(finite, 0, state.overflows_in_a_row + 1)
+        growth_tracker = (state.growth_tracker + 1) * finite
+        overflows = (state.overflows_in_a_row + 1) * ~finite
         grows, backs_off = growth_tracker >= self.growth_interval, overflows >= self.hysteresis
         larger = (state.loss_scale * self.growth_factor).clamp(max=self.max_scale)
         smaller = (state.loss_scale * self.backoff_factor).clamp(min=self.min_scale)
         loss_scale = torch.where(grows, larger, torch.where(backs_off, smaller, state.loss_scale))
         before = torch.where(finite, loss_scale, state.scale_before_overflows)
-        moved = (loss_scale, torch.where(grows, 0, growth_tracker), overflows, before)
+        moved = (loss_scale, growth_tracker * ~grows, overflows, before)
         kept = zip(moved, state, strict=True)
         return _State(*(torch.where(counted, new, old) for new, old in kept))
 
@@ -140,9 +161,9 @@ class _LossScaler:
     """Losses multiplied so far, known to the host. An optimizer that remembers the count of its
     last step knows whether its gradients carry S."""
 
-    updates: int
-    """Verdicts that have moved the state so far, known to the host. Gradients may be added to each
-    other only while it stands still."""
+    moves: int
+    """How often S may have moved so far, known to the host. Gradients may be added to each other
+    only while this stands still."""
 
     def __init__(self, policy: _Policy, init_scale: float) -> None:
         policy.check_scale("init_scale", init_scale)
@@ -150,7 +171,7 @@ class _LossScaler:
         self._state = _State.of(init_scale, 0, 0, init_scale)
         self._waiting: _Verdict | None = None
         self.losses_scaled = 0
-        self.updates = 0
+        self.moves = 0
         self._unread_steps = 0
         self._seen_by: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
@@ -170,7 +191,7 @@ class _LossScaler:
             self._state = self._state.to(loss.device)
         if self._waiting is not None:
             self._state, self._waiting = self._next_state(), None
-            self.updates += 1
+            self.moves += self._policy.min_scale < self._policy.max_scale
         self.losses_scaled += 1
         wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
         return wide * self._state.loss_scale.to(loss.device)
@@ -231,7 +252,7 @@ class _LossScaler:
         optimizer: Optimizer,
         closure: Callable[[], Any] | None = None,
         *,
-        grad_factor: Tensor | None = None,
+        grad_factor: Tensor | float | None = None,
     ) -> Any:
         """Unscale, check, and step or skip a plain optimizer with FP32 or FP64 parameters.
 
@@ -256,8 +277,10 @@ class _LossScaler:
             )
         self._seen_by[optimizer] = self.losses_scaled
         factor = self.inverse
+        if isinstance(grad_factor, Tensor):
+            grad_factor = grad_factor.to(factor.device)
         if grad_factor is not None:
-            factor = factor * grad_factor.to(factor.device)
+            factor = factor * grad_factor
         outcome = step_plain(optimizer, factor)
         self.update(outcome.grads_finite, counted=outcome.counted)
         self._unread_steps = self._unread_steps + 1 if outcome.stepped is None else 0
@@ -429,25 +452,3 @@ def _check_power_of_two(name: str, value: Any) -> None:
             f"{name} is {value!r}; it must be a power of two from 2^-126 to 2^126{near}, "
             f"because any other factor rounds every gradient that it multiplies"
         )
-
-
-# In the order of _State.
-_STATE_KEYS = ("scale", "_growth_tracker", "_overflows_in_a_row", "_scale_before_overflows")
-
-_GRAD_SCALER_KEYS = (
-    "scale",
-    "growth_factor",
-    "backoff_factor",
-    "growth_interval",
-    "_growth_tracker",
-)
-
-_SCALE_TOO_HIGH = (
-    "It may still be too high: start or let it fall lower (init_scale, min_scale, or a smaller "
-    "StaticLossScaler). If not, look for NaN in the batch and in the weights."
-)
-_SCALE_NOT_TO_BLAME = (
-    "So scaling is not what overflows. Look for NaN in the batch and in the weights, keep these "
-    'layers in FP32 with mixprec.cast_model(..., keep_fp32=["name"]), or train in BF16, which has '
-    "FP32's range."
-)

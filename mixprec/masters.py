@@ -44,8 +44,12 @@ def begin(param: Tensor, storage: Storage) -> Tensor:
     return param.detach().float()
 
 
-def read(param: Tensor, stored: Tensor, out: Tensor | None = None) -> Tensor:
+def read(
+    param: Tensor, stored: Tensor, out: Tensor | None = None, spare: Tensor | None = None
+) -> Tensor:
     """The FP32 master. A full one is `stored` itself; a split one is written to `out` or is new.
+
+    `spare` is FP32 room of the same shape that may be overwritten; it spares an allocation.
 
     >>> import torch
     >>> weight = torch.tensor([1.0], dtype=torch.bfloat16)
@@ -55,7 +59,8 @@ def read(param: Tensor, stored: Tensor, out: Tensor | None = None) -> Tensor:
     if stored.dtype != torch.int16:
         return stored
     out = torch.empty_like(param, dtype=torch.float32, requires_grad=False) if out is None else out
-    formats.join(local(param.detach()), local(stored), out=local(out))
+    scratch = None if spare is None else local(spare).view(torch.int32)
+    formats.join(local(param.detach()), local(stored), out=local(out), scratch=scratch)
     return out
 
 

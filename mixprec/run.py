@@ -101,8 +101,11 @@ class MasterRun:
 
     def _stand_in(self, param: Tensor) -> Tensor:
         stored = self._stored[param]
-        room = self._scratch.take(param, "master") if self._split(param) else None
-        stand_in = nn.Parameter(masters.read(param, stored, room), param.requires_grad)
+        master = stored
+        if self._split(param):
+            room, spare = self._scratch.take(param, "master"), self._scratch.take(param, "grad")
+            master = masters.read(param, stored, room, spare)
+        stand_in = nn.Parameter(master, param.requires_grad)
         copy_marks(param, stand_in)
         return stand_in
 
