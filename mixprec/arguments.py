@@ -4,28 +4,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixprec.gradients import local
+from mixprec.names import Groups, names_of
 
 _STEPPABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-Groups = Sequence[Mapping[str, Any]]
-
-
-def names_of(groups: Groups) -> Iterator[tuple[Tensor, str]]:
-    """Every parameter with its `param_names` entry, or its place and shape where it has none."""
-    for index, group in enumerate(groups):
-        names = group.get("param_names")
-        for place, param in enumerate(group["params"]):
-            shape = "x".join(map(str, param.shape)) or "scalar"
-            position = f"param_groups[{index}]['params'][{place}] ({shape})"
-            yield param, names[place] if names else position
 
 
 def check_options(
@@ -68,6 +56,12 @@ def check_parameters(groups: Groups, masters: str) -> None:
     """
     named = list(names_of(groups))
     for param, name in named:
+        if local(param) is not param:
+            raise TypeError(
+                f"{name} is a DTensor: each rank holds a shard, and ranks do not yet agree here on "
+                f"overflow and norm, so their weights would drift apart. Under fully_shard keep "
+                f"FP32 parameters with MixedPrecisionPolicy and step the optimizer itself."
+            )
         if param.dtype not in _STEPPABLE:
             raise TypeError(
                 f"{name} is {_short(param.dtype)}; FP32 masters exist for bfloat16 and float16, "

@@ -20,7 +20,7 @@ remainder stays, less than half of the weight's spacing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -186,18 +186,24 @@ class MasterStore:
 
 
 class Scratch:
-    """Bounded FP32 room for the masters and gradients of one bucket, reused by the next."""
+    """Bounded FP32 room for the masters and gradients of one bucket, reused by the next.
+
+    `largest` is the most elements that a bucket will reserve on each device. To grow later would
+    hold the old room and the new one at once.
+    """
 
     ALIGNMENT = 16  # elements: 64 bytes, a cache line and the widest vector load
 
-    def __init__(self) -> None:
+    def __init__(self, largest: Mapping[torch.device, int] | None = None) -> None:
+        self._largest = largest or {}
         self._room: dict[tuple[torch.device, str], Tensor] = {}
         self._used: dict[tuple[torch.device, str], int] = {}
 
     def reserve(self, device: torch.device, use: str, numel: int) -> None:
         """Make room for `numel` elements on `device`, all free."""
         key = (device, use)
-        if key not in self._room or self._room[key].numel() < numel:
+        if numel and (key not in self._room or self._room[key].numel() < numel):
+            numel = max(numel, self._largest.get(device, 0))
             self._room[key] = torch.empty(numel, dtype=torch.float32, device=device)
         self._used[key] = 0
 
@@ -206,7 +212,7 @@ class Scratch:
         key, numel = (like.device, use), like.numel()
         start = self._used[key]
         self._used[key] = start + Scratch.padded(numel)
-        flat = self._room[key][start : start + numel]
+        flat = self._room[key][start : start + numel] if numel else like.new_empty(0).float()
         if like.is_contiguous():
             return flat.view(like.shape)
         # A rule may reduce over the tensor, and the order of a reduction follows the strides.

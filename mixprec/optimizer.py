@@ -32,11 +32,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec import checkpoint, fp32_weights
 from mixprec.admission import Admission, accepts_sparse, admit
-from mixprec.arguments import check_options, check_parameters, check_weights, names_of
+from mixprec.arguments import check_options, check_parameters, check_weights
 from mixprec.explain import explain
 from mixprec.gradients import local, nonfinite_names, scale_
 from mixprec.inner import Bucket, GroupValues, fill_buckets, rule_of, takes_found_inf
 from mixprec.masters import LOW, MASTER, MasterStore, Scratch
+from mixprec.names import names_of
 from mixprec.run import MasterRun, make_state
 from mixprec.verdict import Verdict, judge, no_gradients
 
@@ -63,6 +64,8 @@ class LossScaler(Protocol):
 
     @property
     def inverse(self) -> Tensor: ...
+    @property
+    def max_skips_in_a_row(self) -> int: ...
     def get_scale(self) -> float: ...
     def update(self, grads_finite: Tensor | bool, *, counted: Tensor | bool = True) -> None: ...
     def check_progress(self, named_grads: Iterable[tuple[str, Tensor | None]] = ()) -> None: ...
@@ -343,8 +346,8 @@ class MixedPrecision(Optimizer):
             with torch.enable_grad():
                 call()
             return
-        scratch = Scratch()
         buckets = self._buckets(everything)
+        scratch = Scratch(self._largest_rooms(buckets))
         values = GroupValues(self.param_groups)
         for bucket in buckets:
             run = MasterRun(self.inner, self.state, self._store, bucket, scratch)
@@ -364,6 +367,16 @@ class MixedPrecision(Optimizer):
         else:
             groups = [[p for p in group if p.grad is not None] for group in groups]
         return fill_buckets(groups, self._room, capacity)
+
+    def _largest_rooms(self, buckets: list[Bucket]) -> dict[torch.device, int]:
+        """The most scratch that any bucket takes, by device."""
+        largest: dict[torch.device, int] = {}
+        for bucket in buckets:
+            rooms: dict[torch.device, int] = {}
+            for param in (param for params in bucket.values() for param in params):
+                rooms[param.device] = rooms.get(param.device, 0) + self._room(param)
+            largest = {d: max(rooms.get(d, 0), largest.get(d, 0)) for d in {**rooms, **largest}}
+        return largest
 
     def _room(self, param: Tensor) -> int:
         return Scratch.padded(param.numel()) if self._store.has(param) else 0
@@ -452,7 +465,8 @@ class MixedPrecision(Optimizer):
             scaler.update(verdict.finite, counted=verdict.counted)
             self._losses_seen = scaler.losses_scaled
         # Where only the device knows, the host asks once in a while.
-        ask = not isinstance(overflowed, Tensor) or self._steps % MAX_SKIPS_IN_A_ROW == 0
+        limit = MAX_SKIPS_IN_A_ROW if scaler is None else scaler.max_skips_in_a_row
+        ask = not isinstance(overflowed, Tensor) or self._steps % limit == 0
         external = hasattr(self, "found_inf")  # a GradScaler skips as a matter of course
         if ask and overflowed and not external:
             self._report_skip()

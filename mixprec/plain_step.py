@@ -10,7 +10,6 @@ or none for torch's fused rules, which can be told on the device to leave everyt
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.gradients import grad_norm, scale_
+from mixprec.inner import takes_found_inf
+from mixprec.names import names_of
 
 __all__ = ["Outcome", "check_plain", "is_mixed_precision", "refuse_closure_rule", "step_plain"]
 
@@ -58,7 +59,7 @@ def refuse_closure_rule(optimizer: Optimizer) -> None:
 def check_plain(optimizer: Optimizer) -> None:
     """Raise TypeError if `step_plain` would not do right by this optimizer."""
     refuse_closure_rule(optimizer)
-    for name, param in _named_params(optimizer):
+    for param, name in names_of(optimizer.param_groups):
         if param.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"{name} is {param.dtype}, and a plain optimizer would unscale and update it in "
@@ -83,7 +84,9 @@ def step_plain(optimizer: Optimizer, factor: Tensor) -> Outcome:
     (False, tensor([-1., -2.]))
     """
     check_plain(optimizer)
-    named_grads = [(name, p.grad) for name, p in _named_params(optimizer) if p.grad is not None]
+    named_grads = [
+        (name, p.grad) for p, name in names_of(optimizer.param_groups) if p.grad is not None
+    ]
     for name, grad in named_grads:
         _refuse_sharded(name, grad)
     grads = [grad for _, grad in named_grads]
@@ -109,29 +112,16 @@ def _step_if(proceed: Tensor, optimizer: Optimizer) -> bool | None:
 
 
 def _skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether each group's rule takes `found_inf`; torch's others assert that there is none.
-
-    Not in a parameter's first step: the momentum that fused SGD makes there is left uninitialised
-    if it skips.
-    """
-    if not getattr(optimizer, "_step_supports_amp_scaling", False):
-        return False
-    if not all(group.get("fused") for group in optimizer.param_groups):
-        return False
-    stepped = (p for _, p in _named_params(optimizer) if p.grad is not None)
-    return all(optimizer.state.get(p) for p in stepped)
-
-
-def _named_params(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for index, group in enumerate(optimizer.param_groups):
-        names: list[str] | None = group.get("param_names")
-        for place, param in enumerate(group["params"]):
-            yield names[place] if names else f"param_groups[{index}]['params'][{place}]", param
+    """Whether the rule takes `found_inf`; not in a parameter's first step, when the momentum that
+    fused SGD makes would be left uninitialised by a skip."""
+    stepped = (p for p, _ in names_of(optimizer.param_groups) if p.grad is not None)
+    return takes_found_inf(optimizer) and all(optimizer.state.get(p) for p in stepped)
 
 
 def _refuse_sharded(name: str, grad: Tensor) -> None:
     if hasattr(grad, "_local_tensor"):
         raise TypeError(
             f"the gradient of {name} is sharded, and each rank would decide by its own shard "
-            f"whether to step. Wrap the optimizer in mixprec.MixedPrecision, whose ranks agree."
+            f"whether to step, so weights would drift apart. Use torch.amp.GradScaler there, whose "
+            f"ranks agree."
         )

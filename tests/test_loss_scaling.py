@@ -69,11 +69,11 @@ def test_an_fp64_loss_stays_fp64() -> None:
     assert DynamicLossScaler().multiply(loss).item() == 2.0**16 / 3
 
 
-@pytest.mark.parametrize("exponent", range(-126, 127))
-def test_inverse_undoes_every_loss_scale_exactly(exponent: int) -> None:
-    scaler = StaticLossScaler(2.0**exponent)
-    assert scaler.inverse.dtype == torch.float32 and scaler.inverse.shape == ()
-    assert scaler.inverse.item() == 2.0**-exponent
+def test_inverse_undoes_every_loss_scale_exactly() -> None:
+    for exponent in range(-126, 127):
+        scaler = StaticLossScaler(2.0**exponent)
+        assert scaler.inverse.dtype == torch.float32 and scaler.inverse.shape == ()
+        assert scaler.inverse.item() == 2.0**-exponent
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -203,7 +203,7 @@ def test_a_static_loss_scale_never_moves_but_counts_skips() -> None:
         scaler.check_progress()
         scaler.multiply(torch.ones(()))
         scaler.update(False)
-    assert scaler.get_scale() == 64.0
+    assert scaler.get_scale() == 64.0 and scaler.moves == 0
     with pytest.raises(FloatingPointError, match=r"3 steps in a row.*stayed at 64\.0"):
         scaler.check_progress()
 
@@ -218,7 +218,7 @@ def test_the_inverse_stays_that_of_the_gradients_until_the_next_loss() -> None:
     assert scaler.inverse.item() == 1 / 8 and scaler.get_scale() == 4.0
     assert scaler.state_dict()["scale"] == 4.0 and scaler.inverse.item() == 1 / 8
     assert scaler.multiply(torch.ones(())).item() == 4.0
-    assert scaler.inverse.item() == 1 / 4 and scaler.updates == 1
+    assert scaler.inverse.item() == 1 / 4 and scaler.moves == 1
 
 
 @pytest.mark.parametrize("verdicts", list(itertools.product("foe", repeat=3)), ids="".join)
@@ -368,6 +368,7 @@ def test_every_field_survives_the_state_dict(tail: str) -> None:
     assert play(restored, "ofofffoooof") == play(scaler, "ofofffoooof")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_distributed_checkpoint_takes_the_scaler_as_it_is(tmp_path: Path) -> None:
     assert isinstance(DynamicLossScaler(), Stateful)
     scaler, restored = worn_scaler(), DynamicLossScaler()
@@ -388,7 +389,7 @@ def test_a_copy_goes_on_like_the_original_with_the_waiting_verdict(way: Any) -> 
     twin = way(scaler)
     assert twin.state_dict() == scaler.state_dict()
     assert twin.inverse.item() == scaler.inverse.item()
-    assert (twin.losses_scaled, twin.updates) == (scaler.losses_scaled, scaler.updates)
+    assert (twin.losses_scaled, twin.moves) == (scaler.losses_scaled, scaler.moves)
     assert play(twin, "ffoffff") == play(scaler, "ffoffff")
 
 
@@ -425,10 +426,13 @@ SAVED = DynamicLossScaler(8.0).state_dict()
         ({**SAVED, "growth_factor": 1.5}, r"growth_factor is 1\.5; it must be a power of two"),
         ({**SAVED, "_growth_tracker": -1}, r"_growth_tracker is -1; it counts steps"),
         ({**SAVED, "_overflows_in_a_row": 0.5}, r"_overflows_in_a_row is 0\.5; it counts steps"),
-        ({**SAVED, "_scale_before_overflows": 5.0}, r"_scale_before_overflows is 5\.0"),
+        (
+            {**SAVED, "_scale_before_overflows": 5.0},
+            r"_scale_before_overflows in the state dict is 5",
+        ),
         ({"scale": 8.0, "lr": 0.1}, r"\['growth_factor', .* missing, \['lr'\] unknown"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_bad_state_dict_is_refused_and_changes_nothing(
     state: dict[str, Any], message: str
@@ -546,16 +550,17 @@ def test_step_unscales_in_place_and_takes_the_bare_step() -> None:
         assert torch.equal(ours, bare) and ours.grad == bare.grad
 
 
-def test_the_grad_factor_multiplies_and_a_factor_of_zero_leaves_all_alone() -> None:
+@pytest.mark.parametrize("factor", [0.5, torch.tensor(0.5), torch.tensor(0.5).double()])
+def test_the_grad_factor_multiplies_and_a_factor_of_zero_leaves_all_alone(factor: Any) -> None:
     scaler = DynamicLossScaler(8.0, growth_interval=1)
     param = weight()
     optimizer = SGD([param], lr=1.0)
     backward(scaler, param)
-    scaler.step(optimizer, grad_factor=torch.tensor(0.5))
+    scaler.step(optimizer, grad_factor=factor)
     assert param.item() == 1 - 3 / 2 and scaler.get_scale() == 16.0
     optimizer.zero_grad()
     backward(scaler, param * float("inf"))
-    scaler.step(optimizer, grad_factor=torch.tensor(0.0))
+    scaler.step(optimizer, grad_factor=factor * 0)
     assert param.item() == 1 - 3 / 2 and scaler.get_scale() == 16.0
 
 

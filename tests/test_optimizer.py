@@ -992,6 +992,13 @@ def test_parameters_that_no_master_helps_are_refused(dtype: torch.dtype) -> None
         mixprec.MixedPrecision(SGD([param], lr=0.1))
 
 
+def test_sharded_parameters_are_refused_by_name() -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    weight._local_tensor = torch.zeros(2)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TypeError, match=r"head is a DTensor: .*MixedPrecisionPolicy"):
+        mixprec.MixedPrecision(SGD([("head", weight)], lr=0.1))
+
+
 def test_overlapping_parameters_are_refused() -> None:
     buffer = torch.zeros(8, dtype=torch.bfloat16)
     left, right = nn.Parameter(buffer[:5]), nn.Parameter(buffer[4:])

@@ -110,7 +110,8 @@ def test_gradients_are_named_by_the_optimizer_or_by_their_place() -> None:
     by_place = step_plain(RULES["sgd"](params), torch.tensor(1.0)).named_grads
     named = SGD([("head", params[0]), ("body", params[1])], lr=0.5)
     by_name = step_plain(named, torch.tensor(1.0)).named_grads
-    assert [name for name, _ in by_place] == [f"param_groups[0]['params'][{i}]" for i in (0, 1)]
+    places = ["param_groups[0]['params'][0] (2)", "param_groups[0]['params'][1] (3x2)"]
+    assert [name for name, _ in by_place] == places
     assert [name for name, _ in by_name] == ["head", "body"]
 
 
@@ -130,5 +131,5 @@ def test_sharded_gradients_are_refused_by_name() -> None:
     params = parameters()
     set_grads(params, 1.0)
     params[1].grad._local_tensor = torch.ones(3, 2)  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
-    with pytest.raises(TypeError, match=r"\['params'\]\[1\] is sharded.*whose ranks agree"):
+    with pytest.raises(TypeError, match=r"\[1\] \(3x2\) is sharded.*whose ranks agree"):
         step_plain(RULES["sgd"](params), torch.tensor(1.0))
