@@ -4,9 +4,20 @@ Every public name is listed here by hand; importing this package imports only to
 """
 
 from mixprec import formats
+from mixprec.accumulation import GradientAccumulator
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 from mixprec.optimizer import MixedPrecision
+from mixprec.precision import Precision, cast_model
 
 __version__ = "0.1.0"
 
-__all__ = ["DynamicLossScaler", "MixedPrecision", "StaticLossScaler", "__version__", "formats"]
+__all__ = [
+    "DynamicLossScaler",
+    "GradientAccumulator",
+    "MixedPrecision",
+    "Precision",
+    "StaticLossScaler",
+    "__version__",
+    "cast_model",
+    "formats",
+]

@@ -1,0 +1,238 @@
+"""Which number is held in which format, said once and applied to a model.
+
+A training run has four places for a format, and they need not agree:
+
+    params    what the model stores, and what a checkpoint of it holds
+    compute   what matrix products read and write
+    grads     what gradients are summed in over the micro-batches of one step
+    reduce    what they are summed in over ranks
+
+`Precision` is that choice as a value. The presets store and compute in one format and sum in FP32:
+a sum of 16-bit gradients stops growing after 2^(mantissa bits + 1) equal addends, 256 in BF16. FP32
+masters are not listed here, because they belong to the optimizer (`mixprec.MixedPrecision`).
+
+`cast_model` applies a precision to a model and keeps chosen modules, by default the norms, in FP32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from torch import nn
+
+from mixprec import conversion, formats
+from mixprec.conversion import NORMS, Report
+from mixprec.formats import BF16, FP16, FP32, Format
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+__all__ = ["Precision", "cast_model"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_PRESETS = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+
+
+@dataclass(frozen=True, init=False)
+class Precision:
+    """Which number is held in which format: a preset, with single fields changed if given.
+
+    Args:
+        preset: "fp32", "bf16" or "fp16", the format of `params`.
+        params: format of the model's parameters, instead of the preset's.
+        compute: format of matrix products. The format of `params` if not given; another one only
+            for FP32 parameters, and then autocast or FSDP2 has to cast them.
+        grads: format of gradient sums over micro-batches, FP32 or that of `compute`.
+        reduce: format of gradient sums over ranks.
+
+    Raises:
+        ValueError: for an unknown preset or formats that do not go together.
+
+    >>> from mixprec import Precision
+    >>> print(Precision("bf16"))
+    params=bf16,compute=bf16,grads=fp32,reduce=fp32
+    >>> Precision.parse("params=bf16,grads=fp32") == Precision("bf16")
+    True
+    """
+
+    params: Format
+    compute: Format
+    grads: Format
+    reduce: Format
+
+    def __init__(
+        self,
+        preset: Literal["fp32", "bf16", "fp16"] = "fp32",
+        *,
+        params: Format | None = None,
+        compute: Format | None = None,
+        grads: Format | None = None,
+        reduce: Format | None = None,
+    ) -> None:
+        params = params or _preset(preset)
+        chosen = (params, compute or params, grads or FP32, reduce or FP32)
+        for field, format in zip(fields(self), chosen, strict=True):
+            _check_format(field.name, format)
+            object.__setattr__(self, field.name, format)
+        if self.params not in (FP32, self.compute):
+            raise ValueError(
+                f"params={self.params} cannot compute in {self.compute}: a model multiplies in the "
+                f"format of its weights. Use compute={self.params}, or params=fp32 with autocast."
+            )
+        if self.grads not in (FP32, self.compute):
+            raise ValueError(
+                f"grads={self.grads} is neither compute={self.compute}, in which gradients arrive, "
+                "nor FP32, which can sum them. Use grads=fp32."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """The precision that a command line names: a preset, or `field=format` pairs.
+
+        Fields left out follow the constructor's rules, so `params=bf16` alone is the preset "bf16".
+
+        >>> from mixprec import Precision
+        >>> print(Precision.parse("compute=bf16"))
+        params=fp32,compute=bf16,grads=fp32,reduce=fp32
+        """
+        if "=" not in text:
+            return cls(params=_preset(text.strip()))
+        chosen: dict[str, Format] = {}
+        known = [field.name for field in fields(cls)]
+        for pair in text.split(","):
+            name, _, value = (part.strip() for part in pair.partition("="))
+            if name not in known or name in chosen:
+                fault = "given twice" if name in chosen else f"not one of {', '.join(known)}"
+                raise ValueError(f"field {name!r} in precision {text!r} is {fault}")
+            chosen[name] = formats.by_name(value)
+        return cls(
+            params=chosen.get("params"),
+            compute=chosen.get("compute"),
+            grads=chosen.get("grads"),
+            reduce=chosen.get("reduce"),
+        )
+
+    @property
+    def needs_loss_scale(self) -> bool:
+        """Whether gradients can fall below the range of `compute`: true for five exponent bits."""
+        return self.compute.exponent_bits < FP32.exponent_bits
+
+    def convert(self, model: nn.Module, *, keep_fp32: Sequence[str] = (NORMS,)) -> Report:
+        """Cast `model` in place, as `cast_model` does, and say what was done to each module.
+
+        >>> from torch import nn
+        >>> from mixprec import Precision
+        >>> print(Precision("bf16").convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))))
+        0  Linear     20 parameters  fp32 -> bf16
+        1  LayerNorm   8 parameters  fp32 -> fp32  matches '*norm*'
+        """
+        return conversion.convert(model, self.params, keep_fp32=keep_fp32)
+
+    def fsdp_policy(self) -> MixedPrecisionPolicy:
+        """The `mp_policy` for `torch.distributed.fsdp.fully_shard`.
+
+        FSDP2 takes one parameter dtype a group, so a module that `cast_model` kept in FP32 must be
+        sharded by a call of its own. FP32 parameters with `compute=bf16` have no such trouble.
+        """
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        param_dtype = None if self.compute == self.params else self.compute.dtype
+        return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=self.reduce.dtype)
+
+    def explain(self) -> str:
+        """What this precision asks of the loop around it, one sentence a line."""
+        return "\n".join(self._sentences())
+
+    def _sentences(self) -> Iterator[str]:
+        params, compute, grads = self.params, self.compute, self.grads
+        yield f"Parameters are held in {params}, {params.bits // 8} bytes each."
+        if params != FP32:
+            yield (
+                f"An update below {params.epsilon / 2:.2g} of a weight would be rounded away: wrap "
+                "the optimizer in mixprec.MixedPrecision, which keeps FP32 masters."
+            )
+        if compute != params:
+            yield (
+                f"Products are computed in {compute}: run the forward pass in torch.autocast("
+                f"device, dtype={compute.dtype}), or give fsdp_policy() to fully_shard."
+            )
+        if self.needs_loss_scale:
+            yield (
+                f"Gradients below {compute.smallest_subnormal / 2:.2g} become zero in {compute}: "
+                "scale the loss with mixprec.DynamicLossScaler."
+            )
+        else:
+            yield f"Gradients have the range of FP32 in {compute}: no loss scale is needed."
+        sums = "exact enough for any number of micro-batches"
+        if grads != FP32:
+            sums = f"which stops growing after {2 ** (grads.mantissa_bits + 1)} equal addends"
+        yield f"Micro-batches sum gradients in {grads}, {sums}; ranks sum them in {self.reduce}."
+
+    def __str__(self) -> str:
+        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+
+
+def _preset(name: str) -> Format:
+    if name == "fp8":
+        raise ValueError(
+            "precision 'fp8' is not available yet: matrix products in 8 bits need layers of their "
+            "own. Use Precision('bf16'), which has the range of FP32 and needs no loss scale."
+        )
+    if name not in _PRESETS:
+        raise ValueError(
+            f"unknown precision {name!r}; use one of {', '.join(map(repr, _PRESETS))}, or "
+            "Precision.parse('params=bf16,grads=fp32') for single fields"
+        )
+    return _PRESETS[name]
+
+
+def _check_format(field: str, format: object) -> None:
+    if not isinstance(format, Format):
+        raise TypeError(
+            f"{field}={format!r} is not a Format; use mixprec.formats.BF16 or "
+            f"Precision.parse('{field}=bf16')"
+        )
+    if format not in _PRESETS.values():
+        raise ValueError(
+            f"{field}={format} has {format.bits} bits, too few for {field}; use fp32, bf16 or fp16"
+        )
+
+
+def cast_model(
+    model: ModuleT, precision: Precision | str, *, keep_fp32: Sequence[str] = (NORMS,)
+) -> ModuleT:
+    """`model` itself, its parameters and floating buffers cast in place to `precision.params`.
+
+    Modules that match `keep_fp32` stay FP32 with all they contain, their buffers too. Their 16-bit
+    inputs are widened to FP32 and their FP32 outputs cast to `precision.params`, by forward hooks
+    that `deepcopy` and pickle carry along. So a module must be called to be an island; one whose
+    weights are read from outside is none. Inputs of the model itself are yours to cast, as after
+    `model.bfloat16()`. Parameters keep their identity, hence ties, hooks and optimizers.
+
+    Args:
+        model: any module with FP32, BF16 or FP16 parameters, and integer buffers. What is 16-bit
+            already and kept in FP32 is widened; digits lost before stay lost.
+        precision: a `Precision`, or text for `Precision.parse`.
+        keep_fp32: patterns with `*` and `?`, without case. One without a dot is compared with the
+            last part of a module's name and with its class name, one with a dot with the whole
+            name. The default "*norm*" leaves alone mere containers, such as a `PreNorm` block.
+
+    Raises:
+        ValueError: if a pattern other than "*norm*" matches no module, or one tied tensor would
+            have to be in both formats.
+        TypeError: for FP64 and FP8 tensors, and for complex ones outside the kept modules. Nothing
+            is changed then.
+
+    >>> import mixprec, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    >>> model = mixprec.cast_model(model, "bf16")
+    >>> model(torch.ones(1, 4, dtype=torch.bfloat16)).dtype, model[1].weight.dtype
+    (torch.bfloat16, torch.float32)
+    """
+    if isinstance(precision, str):
+        precision = Precision.parse(precision)
+    precision.convert(model, keep_fp32=keep_fp32)
+    return model
