@@ -372,7 +372,7 @@ def test_the_fp32_tensor_may_be_its_own_scratch(poison: float) -> None:
 
 
 def test_split_takes_parameters_and_records_no_gradient() -> None:
-    bf16, int16 = formats.split(torch.nn.Parameter(torch.ones(2)))
+    bf16, int16 = formats.split(torch.nn.Parameter(torch.tensor([1.0, torch.nan])))
     weight = torch.nn.Parameter(bf16)
     assert not bf16.grad_fn and not formats.join(weight, int16).requires_grad
 

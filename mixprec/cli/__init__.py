@@ -1,0 +1,43 @@
+"""The `mixprec` command: one module here for each subcommand.
+
+A command module has `add_arguments(parser)` and `run(args)`, which returns the exit status. It is
+imported only when its command is asked for, so `mixprec --help` costs what `import mixprec` costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import mixprec
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "demo": "train a small model in five precisions, side by side, and draw the curves",
+    "doctor": "say what this machine does with each format, and which one to use",
+    "formats": "list the number formats, or show what each makes of a number",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; `argv` defaults to the process's arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="mixprec", description="Mixed-precision training for PyTorch."
+    )
+    parser.add_argument("--version", action="version", version=f"mixprec {mixprec.__version__}")
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, summary in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=f"{summary}.")
+        if arguments[:1] == [name]:
+            command = importlib.import_module(f"{__name__}.{name}")
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
+    if not arguments:
+        parser.print_help()
+        return 2
+    args = parser.parse_args(arguments)
+    return int(args.run(args))
