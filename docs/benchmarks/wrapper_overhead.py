@@ -1,8 +1,9 @@
 """Time of one optimizer step on a CPU: MixedPrecision against the same work written by hand.
 
-10 million BF16 parameters in the shapes of a small decoder, AdamW with `fused=True`. By hand, a step is what the
-wrapper promises: FP32 copies of the gradients, their norm and a check that it is finite, the fused rule on FP32
-masters, and weights copied back. The variants run interleaved, a step each in turn; medians.
+10 million BF16 parameters in the shapes of a small decoder, AdamW with `fused=True`. By hand, a
+step is what the wrapper promises: FP32 copies of the gradients, their norm and a check that it is
+finite, the fused rule on FP32 masters, and weights copied back. The variants run interleaved, a
+step each in turn; medians.
 
     python docs/benchmarks/wrapper_overhead.py [--threads N] [--rounds N] [--max-grad-norm X]
 """
@@ -20,13 +21,13 @@ from torch import Tensor, nn
 
 import mixprec
 
-WIDTH, LAYERS, VOCAB = 384, 5, 2048
+WIDTH, LAYERS, VOCAB = 320, 6, 2048
 
 
 def shapes() -> list[tuple[int, ...]]:
-    """A decoder of 10.4 million parameters in 47 tensors."""
+    """A decoder of 11 million parameters in 39 tensors."""
     layer = [(WIDTH,), (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH,), (8 * WIDTH, WIDTH)]
-    return [(VOCAB, WIDTH), *(layer + [(WIDTH, 4 * WIDTH)]) * LAYERS, (WIDTH,), (VOCAB, WIDTH)]
+    return [(VOCAB, WIDTH), *[*layer, (WIDTH, 4 * WIDTH)] * LAYERS, (WIDTH,), (VOCAB, WIDTH)]
 
 
 def parameters() -> list[nn.Parameter]:
@@ -96,8 +97,10 @@ def main() -> None:
         args.rounds,
     )
     count = sum(p.numel() for p in parameters())
-    print(f"{count:,} parameters in {len(shapes())} tensors, {args.threads} threads, "
-          f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}")
+    print(
+        f"{count:,} parameters in {len(shapes())} tensors, {args.threads} threads, "
+        f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}"
+    )
     base = found["by hand, FP32 masters"]
     for name, value in found.items():
         print(f"{name:24s} {value:7.2f} ms  {value / base:5.2f}x")

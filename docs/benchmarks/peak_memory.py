@@ -1,0 +1,93 @@
+"""Bytes per parameter that a step of MixedPrecision holds and passes through, on a CPU.
+
+Resident: weights, gradients, masters and moments, counted from the tensors themselves. Transient:
+the most that a step allocates on top, from the allocator's own events. AdamW with `fused=True` over
+10 million BF16 parameters; scratch is 8 bytes (split masters) or 4 (full ones) an element of the
+largest bucket, which is the largest tensor if that exceeds `bucket_numel`.
+
+    python docs/benchmarks/peak_memory.py
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from wrapper_overhead import parameters, shapes
+
+import mixprec
+
+
+def resident(optimizer: mixprec.MixedPrecision) -> int:
+    """Bytes of weights, gradients and optimizer state."""
+    tensors: list[Tensor] = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            tensors += [p, p.grad, *optimizer.state[p].values()]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def transient(optimizer: mixprec.MixedPrecision) -> int:
+    """The most bytes that one step holds on top of what it started with."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        optimizer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
+    held = peak = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            held += event["args"]["Bytes"]
+            peak = max(peak, held)
+    return peak
+
+
+def report(label: str, optimizer: mixprec.MixedPrecision, scratch: int) -> None:
+    for _ in range(2):
+        optimizer.step()
+    numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    held, passing = resident(optimizer), transient(optimizer)
+    print(
+        f"{label:28s} resident {held / numel:6.3f} B/param, transient {passing / 2**20:6.2f} MiB, "
+        f"scratch by the formula {scratch / 2**20:6.2f} MiB"
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    largest = max(torch.Size(shape).numel() for shape in shapes())
+    print(f"largest tensor {largest:,} elements, torch {torch.__version__}")
+    for masters, each in (("split", 8), ("full", 4)):
+        for bucket_numel in (2**18, 2**21):
+            inner = torch.optim.AdamW(parameters(), lr=1e-3, fused=True)
+            optimizer = mixprec.MixedPrecision(
+                inner,
+                masters=masters,  # pyright: ignore[reportArgumentType]
+                bucket_numel=bucket_numel,
+            )
+            report(
+                f"{masters}, bucket_numel={bucket_numel}",
+                optimizer,
+                each * largest_bucket(bucket_numel),
+            )
+
+
+def largest_bucket(bucket_numel: int) -> int:
+    """Elements of the fullest bucket that consecutive tensors fill."""
+    fullest = used = 0
+    for shape in shapes():
+        numel = torch.Size(shape).numel()
+        used = numel if used + numel > bucket_numel else used + numel
+        fullest = max(fullest, used)
+    return fullest
+
+
+if __name__ == "__main__":
+    main()
