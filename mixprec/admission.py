@@ -119,7 +119,7 @@ def accepts_sparse(inner: Optimizer) -> bool:
     return True
 
 
-# ------------------------------------------------------------------ trials
+# ---------------------------------------- trials
 
 
 @dataclass
@@ -282,7 +282,7 @@ def _difference(native: _Record, other: _Record) -> str:
     return ""
 
 
-# ------------------------------------------------------------------ the twin that is tried
+# ---------------------------------------- the twin that is tried
 
 
 def _twin(inner: Optimizer, with_state: bool) -> tuple[Optimizer, list[list[Tensor]]]:

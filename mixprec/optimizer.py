@@ -1,29 +1,18 @@
 """MixedPrecision: the rule of any `torch.optim.Optimizer`, run on exact FP32 masters.
 
-One step, in order:
-
-    1. the closure, if there is one         user code sees the model's own parameters
-    2. the norm of all gradients in FP32    how long are they, and are they finite?
-    3. one factor                           1/loss_scale * grad_factor * clip coefficient
-    4. not finite, or an empty window       the step is the identity; the loss scaler hears of it
-    5. the rule, bucket by bucket or whole  masters and FP32 gradients stand in for the parameters;
-                                            afterwards each weight is its master, rounded
-
 The wrapper shares the inner optimizer's group dicts, state and hooks, so that a schedule attached
-to either one, before or after wrapping, acts on both and nothing ever needs synchronising.
+to either one, before or after wrapping, acts on both and nothing ever needs synchronising. What a
+step does is in `step`, where masters live in `masters`, how a rule may run in `admission`.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-import warnings
 import weakref
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +20,13 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec import checkpoint, fp32_weights
-from mixprec.admission import Admission, accepts_sparse, admit
-from mixprec.arguments import check_options, check_parameters, check_weights
+from mixprec.admission import admit
+from mixprec.arguments import check_options, check_parameters
 from mixprec.explain import explain
-from mixprec.gradients import local, nonfinite_names, scale_
-from mixprec.inner import Bucket, GroupValues, fill_buckets, rule_of, takes_found_inf
-from mixprec.masters import LOW, MASTER, MasterStore, Scratch
+from mixprec.masters import MASTER, MasterStore
 from mixprec.names import names_of
-from mixprec.run import MasterRun, make_state
-from mixprec.verdict import Verdict, judge, no_gradients
-
-MAX_SKIPS_IN_A_ROW = 50
-"""Skips in a row after which a step raises when no loss scaler decides."""
+from mixprec.run import make_state
+from mixprec.step import LossScaler, SteppingOptimizer
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -57,25 +41,7 @@ _HOOKS = (
 _owners: Any = WeakIdKeyDictionary()
 
 
-class LossScaler(Protocol):
-    """What a step needs of `DynamicLossScaler` and `StaticLossScaler`."""
-
-    losses_scaled: int
-
-    @property
-    def inverse(self) -> Tensor: ...
-    @property
-    def max_skips_in_a_row(self) -> int: ...
-    def get_scale(self) -> float: ...
-    def update(self, grads_finite: Tensor | bool, *, counted: Tensor | bool = True) -> None: ...
-    def check_progress(self, named_grads: Iterable[tuple[str, Tensor | None]] = ()) -> None: ...
-
-
-class _Skipped(Exception):
-    """Leaves a rule whose closure gave nothing to step with."""
-
-
-class MixedPrecision(Optimizer):
+class MixedPrecision(SteppingOptimizer):
     """An optimizer that runs the rule of `inner` on FP32 masters of 16-bit parameters.
 
     Every BF16 or FP16 parameter `p` gets a master in FP32, kept with the rule's own state in
@@ -137,39 +103,20 @@ class MixedPrecision(Optimizer):
         _check_inner(inner)
         check_options(masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel)
         check_parameters(inner.param_groups, masters)
-        super().__init__([{"params": []}], {})
-        self.inner = inner
-        self.loss_scaler = loss_scaler
-        self.max_grad_norm = max_grad_norm
-        self.on_nonfinite: Literal["skip", "raise"] = on_nonfinite
-        self._store = MasterStore(masters)
-        self._bucket_numel: int | Literal["auto"] | None = bucket_numel
-        self._admissions: dict[bool, Admission] = {}
-        self._admission: Admission | None = None
-        self._takes_sparse: bool | None = None
-        self._checked = False
-        self._in_model = False
-        self._superseded_by = ""
-        self._warned: set[str] = set()
-        self._losses_seen = loss_scaler.losses_scaled if loss_scaler is not None else 0
-        self._verdict = no_gradients()
-        self._steps = 0
-        self._skipped: Tensor | int = 0
-        self._skips_in_a_row: Tensor | int = 0
+        super().__init__(
+            inner, MasterStore(masters), loss_scaler, max_grad_norm, on_nonfinite, bucket_numel
+        )
         for name in _HOOKS:
             setattr(self, name, getattr(inner, name))
-        self.defaults, self.param_groups, self.state = (
-            inner.defaults,
-            inner.param_groups,
-            inner.state,
-        )
+        self.defaults = inner.defaults
+        self.param_groups, self.state = inner.param_groups, inner.state
         self._adopt_state()
         self._take_over()
 
     def __repr__(self) -> str:
         return f"MixedPrecision({self.inner!r})"
 
-    # ------------------------------------------------------------------ the step
+    # ---------------------------------------- the step
 
     @overload
     def step(self, closure: None = None, *, grad_factor: Tensor | float | None = None) -> None: ...
@@ -200,301 +147,7 @@ class MixedPrecision(Optimizer):
         """
         return self._step(closure, grad_factor)
 
-    @torch._disable_dynamo
-    def _step(
-        self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
-    ) -> float | None:
-        self._ready(with_loss=closure is not None)
-        vars(self.inner)["_opt_called"] = True  # read by schedulers that are attached to it
-        if self._rule_evaluates(closure):
-            return self._step_by_closure(closure, grad_factor)
-        loss = None if closure is None else self._evaluate(closure)
-        verdict = self._judge(grad_factor, host=False)
-        if verdict.go:
-            self._update(verdict, [] if loss is None else [lambda: loss])
-        self._conclude(verdict)
-        return loss
-
-    def _rule_evaluates(self, closure: Callable[[], float] | None) -> bool:
-        if self._admission is not None:
-            return self._admission.calls_closure
-        return closure is not None  # FP32 parameters only: all is as the rule does it
-
-    def _ready(self, *, with_loss: bool = False) -> None:
-        """Before the first step: one look at the weights and at the rule."""
-        if self._superseded_by:
-            raise RuntimeError(
-                f"parameter {self._superseded_by!r} was given to a MixedPrecision created later; "
-                f"two wrappers would hold two masters of one weight. Step only the newest, or "
-                f"wrap separate parameters."
-            )
-        if self._in_model:
-            raise RuntimeError(
-                "step() inside masters_in_model(): the model holds FP32 masters there, which a "
-                "step would round to FP32. Leave the context first."
-            )
-        self.inner.param_groups, self.inner.state = self.param_groups, self.state
-        if not self._checked:
-            check_weights(self.param_groups)
-            self._checked = True
-        if with_loss not in self._admissions and any(map(self._store.has, self._params())):
-            self._admissions[with_loss] = admit(self.inner, with_loss=with_loss)
-        self._admission = self._admissions.get(with_loss)
-        if self._admission is not None and not self._admission.per_parameter:
-            if self._store.choice == "split":
-                raise TypeError(
-                    f"masters='split' keeps no FP32 masters to show {type(self.inner).__name__} "
-                    f"all at once, and it has to see all tensors together "
-                    f"({self._admission.reason}). Use masters='full'."
-                )
-            self._store.whole = True
-
-    def _judge(self, grad_factor: Tensor | float | None, *, host: bool) -> Verdict:
-        grads = [p.grad for p in self._params() if p.grad is not None]
-        if not grads:
-            return no_gradients()
-        factor, counted = self._unscale_factor(grad_factor, local(grads[0]).device)
-        return judge(
-            grads,
-            factor,
-            counted=counted,
-            external_found_inf=getattr(self, "found_inf", None),
-            max_grad_norm=self.max_grad_norm,
-            on_device=not host and self._skips_on_device(),
-        )
-
-    def _unscale_factor(
-        self, grad_factor: Tensor | float | None, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | bool]:
-        """`grad_factor / loss_scale`, and whether anything was counted."""
-        factor: Tensor | None = None
-        counted: Tensor | bool = True
-        if isinstance(grad_factor, Tensor):
-            factor, counted = grad_factor, grad_factor != 0
-        elif grad_factor is not None:
-            counted = grad_factor != 0
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            factor = torch.tensor(grad_factor, dtype=wide, device=device)
-        inverse = self._inverse_scale()
-        if inverse is not None:
-            factor = inverse if factor is None else factor * inverse.to(factor.device)
-        return factor, counted
-
-    def _inverse_scale(self) -> Tensor | None:
-        external = getattr(self, "grad_scale", None)
-        if self.loss_scaler is None:
-            return None if external is None else external.double().reciprocal().reshape(())
-        if hasattr(self, "found_inf"):
-            raise RuntimeError(
-                "a torch.amp.GradScaler steps this MixedPrecision, which has a loss_scaler of its "
-                "own: gradients would be unscaled twice. Drop one of the two."
-            )
-        if self.loss_scaler.losses_scaled == self._losses_seen:
-            if all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups):
-                return None  # it initialises state, as distributed checkpoints do, and no more
-            raise RuntimeError(
-                f"a loss scaler is set, but no loss was scaled since the last step: gradients "
-                f"would be divided by {self.loss_scaler.get_scale()} that never were multiplied. "
-                f"Call optimizer.loss_scaler.multiply(loss).backward()."
-            )
-        return self.loss_scaler.inverse
-
-    def _skips_on_device(self) -> bool:
-        """Whether the rule is given `found_inf`, so that the host reads nothing.
-
-        Not in a parameter's first step: torch's fused SGD leaves a new momentum buffer
-        uninitialised when it skips.
-        """
-        if self.on_nonfinite == "raise" or not takes_found_inf(self.inner):
-            return False
-        stepped = (p for p in self._params() if p.grad is not None)
-        return all(len(self.state.get(p, ())) > self._store.has(p) for p in stepped)
-
-    def _evaluate(self, closure: Callable[[], float]) -> float:
-        scaler = self.loss_scaler
-        before = scaler.losses_scaled if scaler is not None else -1
-        with torch.enable_grad():
-            loss = closure()
-        if scaler is not None and scaler.losses_scaled == before:
-            raise RuntimeError(
-                "a loss scaler is set, but the closure differentiated a loss that it did not "
-                "scale. In the closure call optimizer.loss_scaler.multiply(loss).backward(), "
-                "then return the loss itself."
-            )
-        return loss
-
-    # ------------------------------------------------------------------ running the rule
-
-    def _update(self, verdict: Verdict, arguments: list[Callable[[], float]]) -> None:
-        inner: Any = self.inner
-        if verdict.found_inf is not None:
-            inner.grad_scale, inner.found_inf = None, verdict.found_inf
-        try:
-            self._run_rule(lambda: rule_of(inner)(inner, *arguments), verdict.factor)
-        finally:
-            if verdict.found_inf is not None:
-                del inner.grad_scale, inner.found_inf
-
-    def _run_rule(
-        self, call: Callable[[], Any], factor: Tensor | None = None, *, everything: bool = False
-    ) -> None:
-        """`call` the rule with masters and their gradients in place, as often as it takes "
-        "buckets."""
-        self._check_sparse()
-        self._scale_fp32_grads(factor)
-        if self._admission is None:
-            with torch.enable_grad():
-                call()
-            return
-        buckets = self._buckets(everything)
-        scratch = Scratch(self._largest_rooms(buckets))
-        values = GroupValues(self.param_groups)
-        for bucket in buckets:
-            run = MasterRun(self.inner, self.state, self._store, bucket, scratch)
-            run.take_grads(factor)
-            one_of_many = values.bucket(bucket) if len(buckets) > 1 else nullcontext()
-            with run, one_of_many, torch.enable_grad():
-                call()
-        self._warn_of_edits()
-
-    def _buckets(self, everything: bool) -> list[Bucket]:
-        groups: list[list[Tensor]] = [group["params"] for group in self.param_groups]
-        capacity = self.bucket_numel
-        if self._store.whole or capacity is None:
-            return [dict(enumerate(groups))]
-        if everything:
-            groups = [[p for p in group if self.state.get(p)] for group in groups]
-        else:
-            groups = [[p for p in group if p.grad is not None] for group in groups]
-        return fill_buckets(groups, self._room, capacity)
-
-    def _largest_rooms(self, buckets: list[Bucket]) -> dict[torch.device, int]:
-        """The most scratch that any bucket takes, by device."""
-        largest: dict[torch.device, int] = {}
-        for bucket in buckets:
-            rooms: dict[torch.device, int] = {}
-            for param in (param for params in bucket.values() for param in params):
-                rooms[param.device] = rooms.get(param.device, 0) + self._room(param)
-            largest = {d: max(rooms.get(d, 0), largest.get(d, 0)) for d in {**rooms, **largest}}
-        return largest
-
-    def _room(self, param: Tensor) -> int:
-        return Scratch.padded(param.numel()) if self._store.has(param) else 0
-
-    def _scale_fp32_grads(self, factor: Tensor | None) -> None:
-        if factor is not None:
-            grads = [p.grad for p in self._params() if p.grad is not None]
-            scale_((g for g in grads if g.dtype not in LOW), factor)
-
-    def _check_sparse(self) -> None:
-        for p in self._params():
-            if p.grad is not None and p.grad.layout != torch.strided and self._store.has(p):
-                if self._takes_sparse is None:
-                    self._takes_sparse = accepts_sparse(self.inner)
-                if not self._takes_sparse:
-                    raise RuntimeError(
-                        f"the gradient of {self._name(p)} is sparse and "
-                        f"{type(self.inner).__name__} does not take sparse gradients; nothing was "
-                        f"updated. Use SparseAdam, SGD or Adagrad, or an embedding with "
-                        f"sparse=False."
-                    )
-
-    def _step_by_closure(
-        self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
-    ) -> float:
-        """A step of a rule that calls the closure itself, perhaps several times (LBFGS)."""
-        if closure is None:
-            raise TypeError(
-                f"{type(self.inner).__name__} evaluates the loss itself: pass a closure that "
-                f"clears gradients, computes the loss, calls backward and returns the loss."
-            )
-        run: MasterRun | None = None
-        if self._admission is not None:
-            everything = dict(enumerate(g["params"] for g in self.param_groups))
-            run = MasterRun(self.inner, self.state, self._store, everything, Scratch())
-        self._hand_over_early_gradients(run, grad_factor)
-        verdicts: list[Verdict] = []
-
-        def evaluate() -> float:
-            with run.in_model() if run else nullcontext(), torch.no_grad():
-                loss = self._evaluate(closure)
-                verdicts.append(self._judge(grad_factor, host=True))
-                self._refuse_late_overflow(verdicts)
-                self._scale_fp32_grads(verdicts[-1].factor)
-                if run:
-                    run.take_grads(verdicts[-1].factor)
-            return loss
-
-        loss = math.nan
-        with run or nullcontext(), suppress(_Skipped), torch.enable_grad():
-            loss = rule_of(self.inner)(self.inner, evaluate)
-        self._warn_of_edits()
-        self._conclude(verdicts[-1] if verdicts else no_gradients())
-        return loss
-
-    def _hand_over_early_gradients(
-        self, run: MasterRun | None, grad_factor: Tensor | float | None
-    ) -> None:
-        """Gradients from before the closure's first call, which some rules (SAM) begin with."""
-        scaler = self.loss_scaler
-        if run and (scaler is None or scaler.losses_scaled != self._losses_seen):
-            run.take_grads(self._judge(grad_factor, host=True).factor)
-
-    def _refuse_late_overflow(self, verdicts: list[Verdict]) -> None:
-        """An evaluation with nothing to step on ends the step if it is the first, else the run."""
-        if verdicts[-1].go:
-            return
-        if len(verdicts) == 1:
-            raise _Skipped
-        raise FloatingPointError(
-            f"evaluation {len(verdicts)} of the closure in one step of "
-            f"{type(self.inner).__name__} gave non-finite gradients in "
-            f"{', '.join(nonfinite_names(self._named_grads()))}. The rule has moved already, so "
-            f"the step cannot be skipped. Lower lr or the loss scale."
-        )
-
-    def _conclude(self, verdict: Verdict) -> None:
-        """Counters, the loss scaler, and an error where progress has stopped."""
-        overflowed = verdict.overflowed
-        self._verdict = verdict
-        self._steps += 1
-        self._skipped = self._skipped + overflowed
-        self._skips_in_a_row = (self._skips_in_a_row + overflowed) * overflowed
-        scaler = self.loss_scaler
-        if scaler is not None and scaler.losses_scaled != self._losses_seen:
-            scaler.update(verdict.finite, counted=verdict.counted)
-            self._losses_seen = scaler.losses_scaled
-        # Where only the device knows, the host asks once in a while.
-        limit = MAX_SKIPS_IN_A_ROW if scaler is None else scaler.max_skips_in_a_row
-        ask = not isinstance(overflowed, Tensor) or self._steps % limit == 0
-        external = hasattr(self, "found_inf")  # a GradScaler skips as a matter of course
-        if ask and overflowed and not external:
-            self._report_skip()
-
-    def _report_skip(self) -> None:
-        names = nonfinite_names(self._named_grads())
-        where = f"in {', '.join(map(repr, names))}" if names else "in their norm"
-        if self.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f"gradients are not finite {where}; nothing was updated. Look there first, or pass "
-                f"on_nonfinite='skip' to go on without this step."
-            )
-        if self.loss_scaler is not None:
-            self.loss_scaler.check_progress(self._named_grads())
-            return
-        if int(self._skips_in_a_row) >= MAX_SKIPS_IN_A_ROW:
-            raise FloatingPointError(
-                f"{int(self._skips_in_a_row)} steps in a row were skipped: gradients are not "
-                f"finite {where}. Without a loss scale the cause is the forward pass or the data: "
-                f"look there, or lower the learning rate."
-            )
-        self._warn(
-            "skip",
-            f"gradients are not finite {where}; the step was skipped and nothing changed. Further "
-            f"skips are counted in metrics()['skipped_steps'].",
-        )
-
-    # ------------------------------------------------------------------ masters and weights
+    # ---------------------------------------- masters and weights
 
     def masters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Every parameter with its FP32 master; a parameter that needs no master with itself.
@@ -581,7 +234,7 @@ class MixedPrecision(Optimizer):
             if MASTER in self.state.get(param, ()) or param in self._store.early:
                 self._store.set(self.state, param, param.detach().float())
 
-    # ------------------------------------------------------------------ state
+    # ---------------------------------------- state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the inner optimizer; its parameters get masters at their first step."""
@@ -734,7 +387,7 @@ class MixedPrecision(Optimizer):
         self._superseded_by = ""
         self._take_over()
 
-    # ------------------------------------------------------------------ what happened, and why
+    # ---------------------------------------- what happened, and why
 
     @property
     def grads_finite(self) -> bool:
@@ -777,28 +430,10 @@ class MixedPrecision(Optimizer):
             details,
         )
 
-    @property
-    def bucket_numel(self) -> int | None:
-        """Elements of FP32 scratch for a rule that runs bucket by bucket."""
-        if self._bucket_numel != "auto":
-            return self._bucket_numel
-        device = next((p.device.type for p in self._params()), "cpu")
-        return 2**18 if device == "cpu" else 2**22
-
-    # ------------------------------------------------------------------ small things
-
-    def _params(self) -> Iterator[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
+    # ---------------------------------------- small things
 
     def _low_masters(self) -> Iterator[tuple[Tensor, Tensor]]:
         return ((p, master) for p, master in self.masters() if self._store.has(p))
-
-    def _named_grads(self) -> list[tuple[str, Tensor]]:
-        named = names_of(self.param_groups)
-        return [(name, param.grad) for param, name in named if param.grad is not None]
-
-    def _name(self, param: Tensor) -> str:
-        return next(name for other, name in names_of(self.param_groups) if other is param)
 
     def _adopt_state(self) -> None:
         """Widen what the inner optimizer has kept so far for 16-bit parameters."""
@@ -816,23 +451,6 @@ class MixedPrecision(Optimizer):
             if owner is not None and owner is not self:
                 owner._superseded_by = name
             _owners[param] = weakref.ref(self)
-
-    def _warn_of_edits(self) -> None:
-        if self._store.edited:
-            first = self._name(self._store.edited[0])
-            self._warn(
-                "edit",
-                f"{len(self._store.edited)} parameters ({first} first) were written outside of "
-                f"step() since their masters were; masters were read again where they differ, "
-                f"and kept their FP32 bits elsewhere. Call adopt_params() after an intended edit.",
-            )
-            self._store.edited.clear()
-
-    def _warn(self, cause: str, message: str) -> None:
-        """Warn once for each cause, at the line that called step."""
-        if cause not in self._warned:
-            self._warned.add(cause)
-            warnings.warn(message, RuntimeWarning, stacklevel=_user_level())
 
 
 def _is_picklable(name: str) -> bool:
@@ -853,14 +471,3 @@ def _check_inner(inner: object) -> None:
             f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
             f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
         )
-
-
-def _user_level() -> int:
-    """`stacklevel` of the first frame outside of this package and of torch."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.split(".")[0] not in ("mixprec", "torch", "contextlib"):
-            break
-        frame, level = frame.f_back, level + 1
-    return level

@@ -241,7 +241,7 @@ def test_loading_before_the_first_step_round_trips_an_empty_state() -> None:
     assert not optimizer.state
 
 
-# ------------------------------------------------------------------ what is wrong changes nothing
+# ---------------------------------------- what is wrong changes nothing
 
 
 def without_group(saved: Any) -> Any:

@@ -73,7 +73,7 @@ def wrapped(
     return mixprec.MixedPrecision(AdamW(params, lr=1e-2), **options), params
 
 
-# ------------------------------------------------------------------ what it is for
+# ---------------------------------------- what it is for
 
 
 def test_updates_that_16_bits_cannot_see_reach_the_weight_in_the_end() -> None:
@@ -129,7 +129,7 @@ def test_bucket_size_changes_nothing() -> None:
         assert_same(result, results[0])
 
 
-# ------------------------------------------------------------------ parameters of every kind
+# ---------------------------------------- parameters of every kind
 
 
 def test_zero_size_frozen_and_gradless_parameters_are_left_alone() -> None:
@@ -236,7 +236,7 @@ def test_existing_state_is_adopted_and_widened() -> None:
     assert_same(masters_of(optimizer), [q.detach() for q in bare_params])
 
 
-# ------------------------------------------------------------------ clip, unscale, skip
+# ---------------------------------------- clip, unscale, skip
 
 
 def test_clip_equals_torch_on_fp32_parameters_bit_for_bit() -> None:
@@ -427,7 +427,7 @@ def test_step_reads_one_scalar_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == expected
 
 
-# ------------------------------------------------------------------ an external GradScaler
+# ---------------------------------------- an external GradScaler
 
 
 class Driven(mixprec.MixedPrecision):
@@ -492,7 +492,7 @@ def test_forgotten_loss_scale_is_an_error_that_says_what_to_call() -> None:
         optimizer.step()
 
 
-# ------------------------------------------------------------------ closures and hooks
+# ---------------------------------------- closures and hooks
 
 
 def test_closure_runs_once_with_the_models_parameters_in_place() -> None:
@@ -625,7 +625,7 @@ def test_step_of_a_rule_that_calls_its_parents_step_fires_hooks_once() -> None:
     assert fired == [1, 1]
 
 
-# ------------------------------------------------------------------ schedulers
+# ---------------------------------------- schedulers
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
@@ -704,7 +704,7 @@ def test_tensor_learning_rate_is_followed_and_keeps_its_identity() -> None:
     assert_same(masters_of(optimizer), before)
 
 
-# ------------------------------------------------------------------ edits from outside
+# ---------------------------------------- edits from outside
 
 
 @pytest.mark.parametrize(("dtype", "masters"), STORAGES)
@@ -799,7 +799,7 @@ def test_weight_averaging_swap_loses_no_bits() -> None:
         assert_same(masters_of(optimizer), before)
 
 
-# ------------------------------------------------------------------ masters in the model
+# ---------------------------------------- masters in the model
 
 
 @pytest.mark.parametrize(("dtype", "masters"), STORAGES)
@@ -879,7 +879,7 @@ def test_fp32_state_dict_of_the_wrong_model_is_refused_and_nothing_changes() -> 
     assert_same(model.state_dict(), before)
 
 
-# ------------------------------------------------------------------ copies
+# ---------------------------------------- copies
 
 
 @pytest.mark.parametrize(("dtype", "masters"), STORAGES)
@@ -925,7 +925,7 @@ def test_deepcopy_of_lbfgs_keeps_working() -> None:
     assert losses
 
 
-# ------------------------------------------------------------------ one weight, one wrapper
+# ---------------------------------------- one weight, one wrapper
 
 
 def test_only_the_newest_wrapper_of_a_parameter_may_step() -> None:
@@ -945,7 +945,7 @@ def test_wrapper_that_is_gone_blocks_nobody() -> None:
     train(mixprec.MixedPrecision(AdamW(params)), params, range(1))
 
 
-# ------------------------------------------------------------------ bad input
+# ---------------------------------------- bad input
 
 
 def test_not_an_optimizer_is_refused() -> None:
@@ -1038,7 +1038,7 @@ def test_split_masters_of_a_rule_that_couples_tensors_are_refused() -> None:
         optimizer.step(lambda: 0.0)
 
 
-# ------------------------------------------------------------------ what it says
+# ---------------------------------------- what it says
 
 
 def test_explain_says_how_the_rule_runs_and_why() -> None:
