@@ -155,6 +155,8 @@ def _native_trial(inner: Optimizer, with_loss: bool) -> tuple[Manner, _Record]:
 
 def _trial(inner: Optimizer, step: _Step, manner: Manner) -> _Record:
     twin, params = _twin(inner, manner.with_state)
+    if callable(train := getattr(twin, "train", None)):
+        train()  # schedule-free rules step in no other mode; whether the real one is in it, it says
     torch.manual_seed(0)
     random.seed(0)
     generator = torch.Generator().manual_seed(0)

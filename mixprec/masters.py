@@ -126,6 +126,10 @@ class MasterStore:
         full = param.dtype == torch.float16 or self.choice == "full" or self.whole
         return "full" if full else "split"
 
+    def known(self, state: dict[Tensor, Any], param: Tensor) -> bool:
+        """Whether the parameter has a master that may differ from it."""
+        return MASTER in state.get(param, ()) or param in self.early
+
     def take(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
         """Remove what is stored for the master, brought up to date with the weight, from "
         "`state`."""

@@ -231,7 +231,7 @@ class MixedPrecision(SteppingOptimizer):
         weight's spacing. This drops those remainders too.
         """
         for param in self._params():
-            if MASTER in self.state.get(param, ()) or param in self._store.early:
+            if self._store.known(self.state, param):
                 self._store.set(self.state, param, param.detach().float())
 
     # ---------------------------------------- state
@@ -318,7 +318,7 @@ class MixedPrecision(SteppingOptimizer):
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         state = dict(state_dict["state"])
         for key, param in zip(ids, self._params(), strict=True):
-            if MASTER in state.get(key, ()) or param in self._store.early:
+            if self._store.known(self.state, param):
                 master = self._store.master(self.state, param)
                 state[key] = {**state.get(key, {}), MASTER: master}
         return {**state_dict, "state": state}

@@ -36,6 +36,7 @@ class MasterRun:
     ) -> None:
         self._state, self._store, self._scratch = state, store, scratch
         params = [p for group in bucket.values() for p in group if store.has(p)]
+        self._new = {p for p in params if not store.known(state, p)}
         self._stored = {p: store.take(state, p) for p in params}
         self._reserve("master", [p for p in params if self._split(p)])
         self._reserve("grad", params)
@@ -88,8 +89,11 @@ class MasterRun:
         if error is None:
             self._write(last=True)
         for param, stored in self._stored.items():
-            self._store.put(self._state, param, stored)
             self._stand_ins[param].grad = None
+            if error is None or self._state.get(param):
+                self._store.put(self._state, param, stored)
+            elif param not in self._new:  # the rule made no state for it
+                self._store.early[param] = masters.read(param, stored)
 
     def _split(self, param: Tensor) -> bool:
         return self._stored[param].dtype == torch.int16

@@ -158,11 +158,12 @@ class SteppingOptimizer(Optimizer):
         factor: Tensor | None = None
         counted: Tensor | bool = True
         if isinstance(grad_factor, Tensor):
-            factor, counted = grad_factor, grad_factor != 0
+            factor = grad_factor.to(device, non_blocking=True)
+            counted = factor != 0
         elif grad_factor is not None:
             counted = grad_factor != 0
             wide = torch.float32 if device.type == "mps" else torch.float64
-            factor = torch.tensor(grad_factor, dtype=wide, device=device)
+            factor = torch.full((), grad_factor, dtype=wide, device=device)  # a fill, not a copy
         inverse = self._inverse_scale()
         if inverse is not None:
             factor = inverse if factor is None else factor * inverse.to(factor.device)
@@ -267,8 +268,7 @@ class SteppingOptimizer(Optimizer):
     def _run_rule(
         self, call: Callable[[], Any], factor: Tensor | None = None, *, everything: bool = False
     ) -> None:
-        """`call` the rule with masters and their gradients in place, as often as it takes "
-        "buckets."""
+        """`call` the rule with masters and gradients in place, once for each bucket."""
         self._check_sparse()
         self._scale_fp32_grads(factor)
         if self._admission is None:

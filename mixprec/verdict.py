@@ -76,7 +76,10 @@ def judge(
     if not grads:
         return no_gradients()
     norm = grad_norm(grads)
-    flag = torch.as_tensor(counted, device=norm.device)
+    if isinstance(counted, Tensor):
+        flag = counted.to(norm.device)
+    else:
+        flag = torch.full((), counted, dtype=torch.bool, device=norm.device)
     finite = torch.isfinite(norm)
     if external_found_inf is not None:
         finite = finite & (external_found_inf.to(norm.device).reshape(()) == 0)

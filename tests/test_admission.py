@@ -120,6 +120,38 @@ class UsesTheLoss(Rule):
             p.add_(grad, alpha=-getattr(self, "mean_loss", 0.0))
 
 
+class HasModes(Rule):
+    """Like the schedule-free rules: steps in train mode, and shows other weights in eval mode."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.defaults["training"] = False
+        for group in self.param_groups:
+            group["training"] = False
+
+    @torch.no_grad()
+    def switch(self, training: bool) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["training"] != training and "away" in self.state[p]:
+                    p.add_(self.state[p]["away"], alpha=-1.0 if training else 1.0)
+            group["training"] = training
+
+    def train(self) -> None:
+        self.switch(True)
+
+    def eval(self) -> None:
+        self.switch(False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if not self.param_groups[0]["training"]:
+            raise RuntimeError("not in train mode")
+        for group, p, grad in self.stepped():
+            self.state[p].setdefault("away", torch.full_like(p, 1e-4))
+            p.add_(grad, alpha=-group["lr"])
+
+
 class CannotRun(Rule):
     def step(self, closure: Any = None) -> Any:
         raise NotImplementedError("updates happen in backward")
@@ -199,6 +231,36 @@ def test_rule_that_uses_the_loss_gets_it_and_is_tried_with_it() -> None:
     optimizer.step(closure)
     for (_, master), start in zip(optimizer.masters(), before, strict=True):
         torch.testing.assert_close(master, start - 1.0, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("masters", ["split", "full"])
+def test_modes_of_a_rule_move_masters_and_survive_a_checkpoint(masters: Any) -> None:
+    def made() -> tuple[list[nn.Parameter], mixprec.MixedPrecision]:
+        params = low()
+        inner = HasModes(params)
+        return params, mixprec.MixedPrecision(inner, masters=masters, bucket_numel=8)
+
+    params, optimizer = made()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="not in train mode"):
+        optimizer.step()
+    optimizer.train()
+    assert not optimizer.state
+    optimizer.step()
+    trained = [master.clone() for _, master in optimizer.masters()]
+    optimizer.eval()
+    for (_, master), before in zip(optimizer.masters(), trained, strict=True):
+        torch.testing.assert_close(master, before + 1e-4, rtol=0, atol=0)
+    resumed_params, resumed = made()
+    for p, q in zip(params, resumed_params, strict=True):
+        q.data.copy_(p.data)
+    resumed.load_state_dict(optimizer.state_dict())
+    for each in (optimizer, resumed):
+        each.train()
+    ours = [master for _, master in optimizer.masters()]
+    theirs = [master for _, master in resumed.masters()]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
 def test_trial_leaves_optimizer_and_random_state_alone() -> None:
