@@ -152,6 +152,59 @@ class HasModes(Rule):
             p.add_(grad, alpha=-group["lr"])
 
 
+class RebindsData(Rule):
+    """Gives its parameters new memory, as some packages' rules do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group, p, grad in self.stepped():
+            p.data = p.data - group["lr"] * grad
+
+
+class LooksTwice(Rule):
+    """Like sharpness-aware rules: uses the gradients that are there, then asks for new ones."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for _, p, grad in self.stepped():
+            p.add_(grad)
+        with torch.enable_grad():
+            closure()
+        for group, p, grad in self.stepped():
+            p.sub_(grad * group["lr"])
+        return closure()
+
+
+class EvaluatesTwice(Rule):
+    """Wants two losses of the same weights, as for two draws of a dropout."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            closure()
+            closure()
+        super().step()
+
+
+class CouplesMatrices(Rule):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        matrices = sum(float(grad.sum()) for _, p, grad in self.stepped() if p.ndim == 2)
+        for group, p, grad in self.stepped():
+            p.sub_((grad + matrices) * group["lr"])
+
+
+class HasMomentum(Rule):
+    """A rule that torch does not know, with state in its parameter's dtype."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.count = getattr(self, "count", 0) + 1
+        for group, p, grad in self.stepped():
+            velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+            p.sub_(velocity.mul_(0.9).add_(grad) * group["lr"])
+
+
 class CannotRun(Rule):
     def step(self, closure: Any = None) -> Any:
         raise NotImplementedError("updates happen in backward")
@@ -281,7 +334,7 @@ def test_trial_leaves_optimizer_and_random_state_alone() -> None:
 
 
 def test_learning_rate_that_a_warm_up_starts_at_zero_does_not_hide_coupling() -> None:
-    assert not admit(AdaptsItsGroup(low(), lr=0.0)).per_parameter
+    assert not admit(CouplesMatrices(low(), lr=0.0)).per_parameter
 
 
 def test_rule_that_has_stepped_is_tried_afresh() -> None:
@@ -306,3 +359,72 @@ def test_reason_is_part_of_the_answer() -> None:
     assert admit(Rule(low())) == Admission(
         True, False, "each tensor's update depends on that tensor alone"
     )
+
+
+def step_with(optimizer: Optimizer, params: list[nn.Parameter], seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16().to(p.dtype)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("masters", ["split", "full"])
+def test_rule_may_give_parameters_new_memory(masters: Any) -> None:
+    params = low()
+    reference = [nn.Parameter(p.detach().float()) for p in params]
+    optimizer = mixprec.MixedPrecision(RebindsData(params), masters=masters)
+    for seed in range(3):
+        step_with(optimizer, params, seed)
+        step_with(RebindsData(reference), reference, seed)
+    ours = [master for _, master in optimizer.masters()]
+    torch.testing.assert_close(ours, [q.detach() for q in reference], rtol=0, atol=0)
+
+
+def test_rule_that_begins_with_gradients_from_before_its_closure_gets_them() -> None:
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    optimizer = mixprec.MixedPrecision(LooksTwice([weight], lr=1.0))
+    seen: list[float] = []
+
+    def closure() -> float:
+        seen.append(weight[0].item())
+        weight.grad = torch.full_like(weight, 8.0)
+        return 0.0
+
+    weight.grad = torch.full_like(weight, 3.0)
+    optimizer.step(closure)
+    assert seen == [3.0, -5.0]
+
+
+def test_rule_that_evaluates_its_closure_twice_calls_it_itself() -> None:
+    assert not admit(EvaluatesTwice(low())).calls_closure
+    assert admit(EvaluatesTwice(low()), with_loss=True).calls_closure
+
+
+def test_group_added_later_is_tried_anew() -> None:
+    vectors, matrices = low((5,), (3,)), low((4, 4), (4, 3))
+    optimizer = mixprec.MixedPrecision(CouplesMatrices(vectors))
+    step_with(optimizer, vectors)
+    assert "bucket by bucket" in optimizer.explain()
+    optimizer.add_param_group({"params": matrices})
+    step_with(optimizer, vectors + matrices)
+    assert "whole" in optimizer.explain()
+    assert {s["master"].dtype for s in optimizer.state.values()} == {torch.float32}
+
+
+def test_16_bit_state_of_a_bare_rule_that_torch_does_not_know_is_widened() -> None:
+    params = low()
+    bare = HasMomentum(params)
+    step_with(bare, params)
+    optimizer = mixprec.MixedPrecision(HasMomentum(params))
+    optimizer.load_state_dict(bare.state_dict())
+    assert {s["velocity"].dtype for s in optimizer.state.values()} == {torch.float32}
+
+
+def test_init_state_leaves_the_rules_own_counters_alone() -> None:
+    params = low()
+    optimizer = mixprec.MixedPrecision(HasMomentum(params))
+    step_with(optimizer, params[:1])
+    before = vars(optimizer.inner)["count"]
+    optimizer.init_state()
+    assert vars(optimizer.inner)["count"] == before
+    assert all("velocity" in optimizer.state[p] for p in params)

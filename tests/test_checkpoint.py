@@ -132,6 +132,14 @@ def test_masters_and_moments_come_back_in_fp32_and_groups_keep_their_identity() 
         }
 
 
+def test_group_values_are_those_of_the_checkpoint_alone() -> None:
+    _, optimizer = made()
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0]["later"] = 1
+    optimizer.load_state_dict(saved)
+    assert "later" not in optimizer.param_groups[0]
+
+
 def test_checkpoint_of_the_plain_fp32_optimizer_loads() -> None:
     model = network(torch.float32)
     plain = AdamW(model.parameters(), lr=1e-2)
@@ -195,10 +203,11 @@ def test_parameters_are_paired_by_name_where_both_sides_have_names() -> None:
 def test_weights_win_over_the_masters_of_another_model_with_a_warning() -> None:
     _, optimizer = made()
     for masters in ("full", "split"):
-        other, resumed = made(masters=cast(Masters, masters), steps=0)
+        other, resumed = made(masters=cast(Masters, masters), steps=1)
         with torch.no_grad():
             for p in other.parameters():
                 p.fill_(0.5)
+        resumed.adopt_params()
         resumed.load_state_dict(optimizer.state_dict())
         assert all((p == 0.5).all() for p in other.parameters()), "loading writes no weight"
         resumed.param_groups[0]["lr"] = 0.0

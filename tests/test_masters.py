@@ -80,6 +80,16 @@ def test_scratch_is_reused_by_the_next_bucket() -> None:
     assert len(places) == 1
 
 
+def test_scratch_never_grows_beside_its_old_room() -> None:
+    device = torch.device("cpu")
+    scratch = Scratch({device: 4096})
+    places: set[int] = set()
+    for numel in (64, 4096, 32):
+        scratch.reserve(device, "grad", numel)
+        places.add(scratch.take(torch.zeros(numel), "grad").data_ptr())
+    assert len(places) == 1
+
+
 def test_store_chooses_by_dtype_rule_and_wish() -> None:
     bf16, fp16 = torch.zeros(1, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.float16)
     fp32 = torch.zeros(1)

@@ -307,6 +307,14 @@ def scaled() -> mixprec.DynamicLossScaler:
     return mixprec.DynamicLossScaler(init_scale=2.0**10)
 
 
+def test_fused_rule_keeps_nothing_of_what_told_it_to_skip() -> None:
+    optimizer, params = wrapped()
+    optimizer = mixprec.MixedPrecision(AdamW(params, fused=True))
+    train(optimizer, params, range(3))
+    assert not hasattr(optimizer.inner, "found_inf")
+    assert not hasattr(optimizer.inner, "grad_scale")
+
+
 def test_skip_of_the_very_first_step_leaves_no_state_behind() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = mixprec.MixedPrecision(SGD([weight], lr=1.0, momentum=0.9, fused=True))
@@ -489,6 +497,11 @@ def test_forgotten_loss_scale_is_an_error_that_says_what_to_call() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params), loss_scaler=mixprec.DynamicLossScaler())
     give_grads(params, 0)
     with pytest.raises(RuntimeError, match=r"no loss was scaled.*65536\.0.*multiply\(loss\)"):
+        optimizer.step()
+    assert optimizer.loss_scaler is not None
+    optimizer.loss_scaler.multiply(torch.zeros(()))  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="no loss was scaled since the last step"):
         optimizer.step()
 
 
@@ -754,6 +767,20 @@ def test_edited_weights_are_noticed_and_the_others_keep_their_bits(dtype: torch.
     assert_same(after[:8], torch.full((8,), 3.0))
     assert_same(after[8:], before[8:])
     train(optimizer, [weight], range(4, 6))
+
+
+def test_weights_that_nobody_wrote_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, params = wrapped(masters="full")
+    train(optimizer, params, range(2))
+    monkeypatch.setattr("mixprec.masters.agree", None)
+    train(optimizer, params, range(2, 4))
+
+
+def test_adagrad_starts_from_its_initial_value_in_fp32() -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    inner = torch.optim.Adagrad([weight], initial_accumulator_value=0.1)
+    optimizer = mixprec.MixedPrecision(inner)
+    assert optimizer.state[weight]["sum"].tolist() == torch.full((2,), 0.1).tolist()
 
 
 def test_split_masters_follow_edits_and_a_pruned_weight_is_exactly_zero() -> None:
