@@ -28,6 +28,10 @@ _PARAM_SHAPED = frozenset(
 )
 
 
+# What torch's schedulers leave in a group.
+_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "param_names")
+
+
 def pair(
     saved_groups: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
@@ -72,6 +76,29 @@ def _in_order(index: int, saved: Mapping[str, Any], group: Mapping[str, Any]) ->
             f"first."
         )
     return [id_of[name] for name in ours]
+
+
+def check_rule(
+    saved_groups: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    inner: Optimizer,
+) -> None:
+    """Refuse the checkpoint of another rule, whose groups lack options of ours and have others.
+
+    One without the other is no sign: options are added by new releases, and schedulers and users
+    keep values of their own in groups.
+    """
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        missing = [key for key in inner.defaults if key not in saved]
+        extra = [
+            key for key in saved if key not in group and key not in _SCHEDULERS and key != "step"
+        ]
+        if missing and extra:
+            raise ValueError(
+                f"param_groups[{index}] of the checkpoint has {', '.join(extra[:3])} and lacks "
+                f"{', '.join(missing[:3])}, which {type(inner).__name__} needs: another rule saved "
+                f"it. Nothing was loaded."
+            )
 
 
 def check(

@@ -74,6 +74,7 @@ def convert(model: nn.Module, format: Format, *, keep_fp32: Sequence[str] = (NOR
     kept = _kept_modules(model, keep_fp32)
     _check_tensors(model, kept)
     rows: list[Row] = []
+    neighbour = next((p for n, p in model.named_parameters() if _parent(n) not in kept), None)
     for name, module in model.named_modules():
         for handle in vars(module).pop("_fp32_island_hooks", ()):
             handle.remove()
@@ -86,7 +87,7 @@ def convert(model: nn.Module, format: Format, *, keep_fp32: Sequence[str] = (NOR
         # Not .to(): that recurses, and would round the islands below before they are reached.
         module._apply(functools.partial(_float_to, dtype=held.dtype), recurse=False)
         if name in kept and _parent(name) not in kept and format != FP32:
-            _make_island(module, format.dtype)
+            _make_island(module, format.dtype, neighbour)
         if before:
             number = sum(parameter.numel() for parameter in module.parameters(recurse=False))
             kind, seen = type(module).__name__, "+".join(sorted(before))
@@ -174,12 +175,13 @@ def _float_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _make_island(module: nn.Module, outside: torch.dtype) -> None:
+def _make_island(module: nn.Module, outside: torch.dtype, neighbour: nn.Parameter | None) -> None:
     # The handles live on the module for two reasons: a second cast has to find the hooks of the
     # first, and unpickling a handle keeps torch from giving its number to another hook.
+    narrow = functools.partial(_narrow_outputs, dtype=outside, neighbour=neighbour)
     module._fp32_island_hooks = (  # pyright: ignore[reportArgumentType]
         module.register_forward_pre_hook(_widen_inputs, with_kwargs=True),
-        module.register_forward_hook(functools.partial(_narrow_outputs, dtype=outside)),
+        module.register_forward_hook(narrow),
     )
 
 
@@ -188,5 +190,15 @@ def _widen_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
     return tree_map_only(Tensor, lambda t: t.float() if t.dtype in narrow else t, (args, kwargs))
 
 
-def _narrow_outputs(module: nn.Module, args: Any, output: Any, *, dtype: torch.dtype) -> Any:
+def _narrow_outputs(
+    module: nn.Module,
+    args: Any,
+    output: Any,
+    *,
+    dtype: torch.dtype,
+    neighbour: nn.Parameter | None,
+) -> Any:
+    """Outputs in the model's 16 bits, unless its masters stand in for its weights just now."""
+    if neighbour is not None and neighbour.dtype == torch.float32:
+        return output
     return tree_map_only(Tensor, lambda t: t.to(dtype) if t.dtype == torch.float32 else t, output)

@@ -50,5 +50,6 @@ def _manner(admission: Admission | None, bucket_numel: int | None) -> str:
         return "whole: bucket_numel is None"
     return (
         f"bucket by bucket: {admission.reason} (tried on small tensors), so it runs in a scratch "
-        f"of {bucket_numel:,} FP32 elements, or the largest tensor if that is larger"
+        f"of {bucket_numel:,} elements, or the largest tensor if that is larger: 8 bytes each "
+        f"for split masters and their gradients, 4 for full ones"
     )

@@ -155,9 +155,10 @@ class MixedPrecision(SteppingOptimizer):
         A full master is the live tensor, a split one a decoded copy. Read them; to change weights,
         use `masters_in_model` or write to the parameters.
         """
-        with torch.no_grad():
-            for param in self._params():
-                yield param, self._store.master(self.state, param)
+        for param in self._params():
+            with torch.no_grad():  # never around the yield: the caller's code would run inside
+                master = self._store.master(self.state, param)
+            yield param, master
 
     @contextmanager
     def masters_in_model(self) -> Generator[None]:
@@ -178,20 +179,18 @@ class MixedPrecision(SteppingOptimizer):
         >>> weight.dtype
         torch.bfloat16
         """
-        low = [p for p in self._params() if self._store.has(p)]
-        weights = [p.data for p in low]
-        for param, (_, master) in zip(low, self._low_masters(), strict=True):
-            param.data = master
-        versions = [p._version for p in low]
+        held = [(p, p.data, master) for p, master in self.masters() if self._store.has(p)]
+        versions = [param._version for param, _, _ in held]
         self._in_model = True
         try:
+            for param, _, master in held:
+                param.data = master
             yield
         finally:
             self._in_model = False
-            for param, weight, version in zip(low, weights, versions, strict=True):
-                master, edited = param.data, param._version != version
+            for (param, weight, master), version in zip(held, versions, strict=True):
                 param.data = weight
-                if edited:
+                if param._version != version:
                     self._store.set(self.state, param, master)
 
     @torch.no_grad()
@@ -199,7 +198,8 @@ class MixedPrecision(SteppingOptimizer):
         """`model.state_dict()` with masters in place of 16-bit parameters, everything else in FP32.
 
         Tied names share one tensor. 16-bit parameters that this optimizer does not hold, and
-        16-bit buffers, are widened.
+        16-bit buffers, are widened. As in any state dict, what is FP32 already (full masters, FP32
+        parameters) is the live tensor: clone it, or save it, before the next step.
 
         Raises:
             ValueError: if the model holds none of this optimizer's parameters.
@@ -334,7 +334,8 @@ class MixedPrecision(SteppingOptimizer):
         the optimizer may be loaded in either order.
 
         Raises:
-            ValueError: naming what is missing, too much or misshapen in the checkpoint.
+            ValueError: naming what is missing, too much or misshapen in the checkpoint, or that
+                another rule saved it.
         """
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -343,6 +344,7 @@ class MixedPrecision(SteppingOptimizer):
         saved_groups, saved_state = deepcopy(state_dict["param_groups"]), state_dict["state"]
         torch_rule = type(self.inner).__module__.startswith("torch.optim")
         pairs = checkpoint.pair(saved_groups, self.param_groups, self._name)
+        checkpoint.check_rule(saved_groups, self.param_groups, self.inner)
         checkpoint.check(saved_state, pairs, self._name, torch_rule=torch_rule)
         group_of = {key: group for group in saved_groups for key in group["params"]}
         state: defaultdict[Any, Any] = defaultdict(dict)
@@ -354,13 +356,14 @@ class MixedPrecision(SteppingOptimizer):
             state[param] = checkpoint.restored(entry, param, group_of[key], torch_rule=torch_rule)
             if not self._store.has(param):
                 state[param].pop(MASTER, None)
+            if MASTER in state[param]:
+                self._store.early.pop(param, None)
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             kept = {key: group[key] for key in ("params", "param_names") if key in group}
             group.clear()
             group.update({**saved, **kept})
         self.inner.__setstate__({"state": state, "param_groups": self.param_groups})
         self.state = self.inner.state
-        self._store.early.clear()
         self._store.forget_versions()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
@@ -431,9 +434,6 @@ class MixedPrecision(SteppingOptimizer):
         )
 
     # ---------------------------------------- small things
-
-    def _low_masters(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return ((p, master) for p, master in self.masters() if self._store.has(p))
 
     def _adopt_state(self) -> None:
         """Widen what the inner optimizer has kept so far for 16-bit parameters."""

@@ -77,6 +77,7 @@ class SteppingOptimizer(Optimizer):
         self._admission: Admission | None = None
         self._takes_sparse: bool | None = None
         self._checked = False
+        self._dtypes: dict[Tensor, torch.dtype] = {}
         self._in_model = False
         self._superseded_by = ""
         self._warned: set[str] = set()
@@ -269,7 +270,7 @@ class SteppingOptimizer(Optimizer):
         self, call: Callable[[], Any], factor: Tensor | None = None, *, everything: bool = False
     ) -> None:
         """`call` the rule with masters and gradients in place, once for each bucket."""
-        self._check_sparse()
+        self._check_params()
         self._scale_fp32_grads(factor)
         if self._admission is None:
             with torch.enable_grad():
@@ -323,8 +324,15 @@ class SteppingOptimizer(Optimizer):
             grads = [p.grad for p in self._params() if p.grad is not None]
             scale_((g for g in grads if g.dtype not in LOW), factor)
 
-    def _check_sparse(self) -> None:
+    def _check_params(self) -> None:
+        """What may have changed about the parameters since the last step."""
         for p in self._params():
+            if self._dtypes.setdefault(p, p.dtype) != p.dtype:
+                raise RuntimeError(
+                    f"{self._name(p)} was {self._dtypes[p]} when its optimizer state was made and "
+                    f"is {p.dtype} now; nothing was updated. Convert the model before it is given "
+                    f"to an optimizer, or build the optimizer anew."
+                )
             if p.grad is not None and p.grad.layout != torch.strided and self._store.has(p):
                 if self._takes_sparse is None:
                     self._takes_sparse = accepts_sparse(self.inner)
@@ -406,12 +414,13 @@ class SteppingOptimizer(Optimizer):
 
     def _warn_of_edits(self) -> None:
         if self._store.edited:
-            first = self._name(self._store.edited[0])
+            names = [self._name(param) for param in self._store.edited]
+            more = f" and {len(names) - 1} more were" if len(names) > 1 else " was"
             self._warn(
                 "edit",
-                f"{len(self._store.edited)} parameters ({first} first) were written outside of "
-                f"step() since their masters were; masters were read again where they differ, "
-                f"and kept their FP32 bits elsewhere. Call adopt_params() after an intended edit.",
+                f"{names[0]}{more} written outside of step() since the last one; masters were read "
+                f"again where they differ, and kept their FP32 bits elsewhere. Call adopt_params() "
+                f"after an intended edit.",
             )
             self._store.edited.clear()
 

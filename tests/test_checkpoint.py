@@ -211,7 +211,7 @@ def test_weights_win_over_the_masters_of_another_model_with_a_warning() -> None:
         resumed.load_state_dict(optimizer.state_dict())
         assert all((p == 0.5).all() for p in other.parameters()), "loading writes no weight"
         resumed.param_groups[0]["lr"] = 0.0
-        with pytest.warns(RuntimeWarning, match=r"4 parameters \(0\.weight first\) were written"):
+        with pytest.warns(RuntimeWarning, match=r"0\.weight and 3 more were written"):
             train(resumed, other, range(1))
         assert all((m == 0.5).all() for m in masters_of(resumed))
 
@@ -323,3 +323,34 @@ def test_checkpoint_of_another_width_is_refused() -> None:
     _, wide = made(width=8)
     with pytest.raises(ValueError, match=r"'exp_avg' of '0\.weight' is \[6, 4\] .* is \[8, 4\]"):
         wide.load_state_dict(narrow.state_dict())
+
+
+def test_checkpoint_of_another_rule_is_refused_and_nothing_changes() -> None:
+    model, optimizer = made()
+    saved = SGD(model.named_parameters(), lr=0.5, momentum=0.9).state_dict()
+    before = copy.deepcopy(values(optimizer.state_dict()))
+    with pytest.raises(ValueError, match="has momentum, dampening, nesterov and lacks betas, eps"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert_same(values(optimizer.state_dict()), before)
+
+
+def test_checkpoint_of_an_older_release_that_lacks_an_option_loads() -> None:
+    _, optimizer = made()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["foreach"]
+    saved["param_groups"][0]["initial_lr"] = 0.1
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["foreach"] is None
+
+
+def test_fp32_weights_loaded_first_keep_their_bits_beside_a_plain_checkpoint() -> None:
+    plain = network(torch.float32)
+    bare = AdamW(plain.named_parameters(), lr=1e-2)
+    train(bare, plain, range(2))
+    resumed_model, resumed = made(steps=0)
+    resumed.load_fp32_state_dict(resumed_model, plain.state_dict())
+    resumed.load_state_dict(bare.state_dict())
+    resumed.param_groups[0]["lr"] = 0.0
+    train(resumed, resumed_model, range(1))
+    assert_same(masters_of(resumed), [p.detach() for p in plain.parameters()])

@@ -761,7 +761,7 @@ def test_edited_weights_are_noticed_and_the_others_keep_their_bits(dtype: torch.
     assert_same(masters_of(optimizer)[0][:8], torch.full((8,), 3.0))
     optimizer.param_groups[0]["lr"] = 0.0
     give_grads([weight], 3)
-    with pytest.warns(RuntimeWarning, match=r"1 parameters \(w first\) were written outside"):
+    with pytest.warns(RuntimeWarning, match=r"w was written outside of step\(\)"):
         optimizer.step()
     after = masters_of(optimizer)[0]
     assert_same(after[:8], torch.full((8,), 3.0))
@@ -826,7 +826,39 @@ def test_weight_averaging_swap_loses_no_bits() -> None:
         assert_same(masters_of(optimizer), before)
 
 
+def test_changed_dtype_is_refused_by_name_and_nothing_is_updated() -> None:
+    for convert, was, now in (("half", "bfloat16", "float16"), ("float", "bfloat16", "float32")):
+        model = nn.Linear(2, 2, dtype=torch.bfloat16)
+        optimizer = mixprec.MixedPrecision(AdamW(model.named_parameters()))
+        train(optimizer, list(model.parameters()), range(1))
+        getattr(model, convert)()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match=f"weight was torch.{was} .* is torch.{now} now"):
+            train(optimizer, list(model.parameters()), range(1, 2))
+        assert_same(model.state_dict(), before)
+
+
 # ---------------------------------------- masters in the model
+
+
+def test_looking_at_masters_leaves_the_gradient_mode_alone() -> None:
+    (left, _), (right, _) = wrapped(), wrapped()
+    modes = [torch.is_grad_enabled() for _ in zip(left.masters(), right.masters(), strict=True)]
+    assert all(modes) and torch.is_grad_enabled()
+    assert not any(master.requires_grad for _, master in left.masters())
+
+
+def test_masters_in_model_reach_through_fp32_islands() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    fp32 = copy.deepcopy(model)
+    mixprec.cast_model(model, "bf16")
+    optimizer = mixprec.MixedPrecision(AdamW(model.parameters()))
+    optimizer.load_fp32_state_dict(model, fp32.state_dict())
+    tokens = torch.arange(7)
+    with optimizer.masters_in_model():
+        assert_same(model(tokens).detach(), fp32(tokens).detach())
+    assert model(tokens).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("dtype", "masters"), STORAGES)
