@@ -218,7 +218,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-    return dense.reshape(-1).contiguous().view(torch.uint8)
+    # Of one element, a tensor of any stride counts as contiguous; its clone has stride 1.
+    return dense.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _values(group: dict[str, Any]) -> dict[str, Any]:

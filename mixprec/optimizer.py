@@ -471,3 +471,9 @@ def _check_inner(inner: object) -> None:
             f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
             f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
         )
+    if not {"param_groups", "state", "_optimizer_step_pre_hooks"} <= vars(inner).keys():
+        raise TypeError(
+            f"{type(inner).__name__} has no param_groups and state of its own, as a wrapper around "
+            f"another optimizer has not, so masters could not take the parameters' place. Give the "
+            f"optimizer that it wraps to MixedPrecision, and wrap the result."
+        )

@@ -1014,6 +1014,19 @@ def test_not_an_optimizer_is_refused() -> None:
         mixprec.MixedPrecision(AdamW)  # pyright: ignore[reportArgumentType]
 
 
+def test_optimizer_that_borrows_its_groups_is_refused() -> None:
+    class Borrower(SGD):
+        def __init__(self, base: SGD) -> None:
+            self.base = base
+
+        @property
+        def param_groups(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+            return self.base.param_groups
+
+    with pytest.raises(TypeError, match="Borrower has no param_groups and state of its own"):
+        mixprec.MixedPrecision(Borrower(SGD(parameters(torch.bfloat16), lr=0.1)))
+
+
 def test_wrapper_inside_a_wrapper_is_refused() -> None:
     optimizer, _ = wrapped()
     with pytest.raises(TypeError, match="is a MixedPrecision already"):
