@@ -46,6 +46,11 @@ def takes_found_inf(inner: Optimizer) -> bool:
     return supports and all(bool(group.get("fused")) for group in inner.param_groups)
 
 
+def shared_keys(inner: Optimizer) -> set[Any]:
+    """The keys of the optimizer's state that are no parameters."""
+    return {key for key in cast(dict[Any, Any], inner.state) if not isinstance(key, Tensor)}
+
+
 def copy_marks(param: Tensor, stand_in: Tensor) -> None:
     """Give a stand-in the attributes that users set on its parameter, which rules may read."""
     for name, value in vars(param).items():
@@ -56,20 +61,24 @@ class StandIns:
     """Context in which `inner` sees stand-ins, by group index, in place of its parameters.
 
     Groups that are not named are hidden, so that their counters rest. `leave` and `enter` may be
-    called in between to let user code (a closure) see the model.
+    called in between to let user code (a closure) see the model. `shared` holds the state's keys
+    that are no parameters, which every bucket sees; it is looked up here if not given, and kept.
     """
 
-    def __init__(self, inner: Optimizer, members: Mapping[int, Pairs]) -> None:
+    def __init__(
+        self, inner: Optimizer, members: Mapping[int, Pairs], shared: set[Any] | None = None
+    ) -> None:
         self.inner = inner
         self.members = members
+        self.shared = shared_keys(inner) if shared is None else shared
 
     def enter(self) -> None:
         inner = self.inner
         self._groups = inner.param_groups
         self._params = {i: list(self._groups[i]["params"]) for i in self.members}
-        self._state = inner.state
+        self._state = cast(dict[Any, Any], inner.state)
         inner.state = defaultdict(dict)
-        for key in [k for k in cast(dict[Any, Any], self._state) if not isinstance(k, Tensor)]:
+        for key in self.shared:
             inner.state[key] = self._state.pop(key)
         for param, stand_in in self._pairs():
             if param in self._state:
@@ -90,9 +99,11 @@ class StandIns:
         inner.param_groups = self._groups
         inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks = self._hooks
         param_of = {id(stand_in): param for param, stand_in in self._pairs()}
-        for key, value in inner.state.items():
+        for key, value in cast(dict[Any, Any], inner.state).items():
             self._state[param_of.get(id(key), key)] = value
-        inner.state = self._state
+            if not isinstance(key, Tensor):
+                self.shared.add(key)
+        inner.state = cast(Any, self._state)
 
     def __enter__(self) -> StandIns:
         self.enter()
@@ -200,7 +211,9 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return _same_bits(left, right)
     if isinstance(left, Mapping):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+        if left.keys() != right.keys():
+            return False
+        return all(value is right[key] or same(value, right[key]) for key, value in left.items())
     if isinstance(left, (list, tuple, deque)):
         return len(left) == len(right) and all(map(same, left, right))
     if isinstance(left, float):
@@ -223,14 +236,19 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _values(group: dict[str, Any]) -> dict[str, Any]:
-    return {k: _copied(v) for k, v in group.items() if k not in ("params", "param_names")}
+    plain = (float, int, bool, str, tuple, type(None))
+    return {
+        k: v if type(v) in plain else _copied(v)
+        for k, v in group.items()
+        if k not in ("params", "param_names")
+    }
 
 
 def _assign(group: dict[str, Any], values: dict[str, Any]) -> None:
     for key in [k for k in group if k not in values and k not in ("params", "param_names")]:
         del group[key]
     for key, value in values.items():
-        group[key] = value.restore() if isinstance(value, _TensorValue) else _copied(value)
+        group[key] = value.restore() if isinstance(value, _TensorValue) else copy.copy(value)
 
 
 def _copied(value: Any) -> Any:

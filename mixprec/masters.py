@@ -211,6 +211,12 @@ class Scratch:
             self._room[key] = torch.empty(numel, dtype=torch.float32, device=device)
         self._used[key] = 0
 
+    def rewind(self, use: str) -> None:
+        """Make all room of this use free again, on every device."""
+        for key in self._used:
+            if key[1] == use:
+                self._used[key] = 0
+
     def take(self, like: Tensor, use: str) -> Tensor:
         """Uninitialised FP32 room with the shape and strides of `like`."""
         key, numel = (like.device, use), like.numel()

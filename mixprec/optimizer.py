@@ -61,7 +61,7 @@ class MixedPrecision(SteppingOptimizer):
         on_nonfinite: "skip" leaves everything as it was when a gradient is not finite; "raise"
             raises `FloatingPointError`. After 50 skips in a row both raise.
         bucket_numel: elements of FP32 scratch that a rule which treats tensors one by one is run
-            in; "auto" is 2^18 on a CPU and 2^22 elsewhere. A larger tensor makes a bucket of its
+            in; "auto" is 2^20 on a CPU and 2^22 elsewhere. A larger tensor makes a bucket of its
             own. None runs every rule on all parameters at once.
 
     Raises:

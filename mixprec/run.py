@@ -11,8 +11,9 @@ values.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -28,36 +29,50 @@ from mixprec.masters import LOW, MasterStore, Scratch
 State = dict[Tensor, Any]
 
 
+@dataclass(slots=True)
+class _Item:
+    """A parameter with what is stored for its master, and the master in its place."""
+
+    param: Tensor
+    stored: Tensor
+    stand_in: Tensor
+    split: bool
+    new: bool
+    """Whether the master was made in this run."""
+
+
 class MasterRun:
     """Context in which `inner` sees the masters of `bucket`'s parameters in their place."""
 
     def __init__(
-        self, inner: Optimizer, state: State, store: MasterStore, bucket: Bucket, scratch: Scratch
+        self,
+        inner: Optimizer,
+        state: State,
+        store: MasterStore,
+        bucket: Bucket,
+        scratch: Scratch,
+        shared: set[Any] | None = None,
     ) -> None:
         self._state, self._store, self._scratch = state, store, scratch
-        params = [p for group in bucket.values() for p in group if store.has(p)]
-        self._new = {p for p in params if not store.known(state, p)}
-        self._stored = {p: store.take(state, p) for p in params}
-        self._reserve("master", [p for p in params if self._split(p)])
-        self._reserve("grad", params)
-        self._stand_ins = {p: self._stand_in(p) for p in params}
-        pairs = {i: [(p, self._stand_ins.get(p, p)) for p in ps] for i, ps in bucket.items()}
-        self._swap = StandIns(inner, pairs)
+        self._reserve(param for group in bucket.values() for param in group)
+        self._items: list[_Item] = []
+        pairs = {i: [(p, self._stand_in(p)) for p in group] for i, group in bucket.items()}
+        self._swap = StandIns(inner, pairs, shared)
 
     def take_grads(self, factor: Tensor | None) -> None:
         """Give each stand-in its parameter's gradient in FP32, times `factor` if it was 16-bit."""
-        self._reserve("grad", list(self._stand_ins))
         rooms: list[Tensor] = []
         grads: list[Tensor] = []
-        for param, stand_in in self._stand_ins.items():
-            grad = param.grad
+        self._scratch.rewind("grad")
+        for item in self._items:
+            grad = item.param.grad
             if grad is None or grad.dtype not in LOW:
-                stand_in.grad = grad
+                item.stand_in.grad = grad
             elif grad.layout != torch.strided:
-                stand_in.grad = _sparse_float(grad, factor)
+                item.stand_in.grad = _sparse_float(grad, factor)
             else:
-                stand_in.grad = self._scratch.take(param, "grad")
-                rooms.append(local(stand_in.grad))
+                item.stand_in.grad = room = self._scratch.take(item.param, "grad")
+                rooms.append(local(room))
                 grads.append(local(grad))
         if rooms:
             torch._foreach_copy_(rooms, grads)
@@ -88,44 +103,53 @@ class MasterRun:
         self._swap.leave()
         if error is None:
             self._write(last=True)
-        for param, stored in self._stored.items():
-            self._stand_ins[param].grad = None
-            if error is None or self._state.get(param):
-                self._store.put(self._state, param, stored)
-            elif param not in self._new:  # the rule made no state for it
-                self._store.early[param] = masters.read(param, stored)
+        for item in self._items:
+            item.stand_in.grad = None
+            if error is None or self._state.get(item.param):
+                self._store.put(self._state, item.param, item.stored)
+            elif not item.new:  # the rule made no state for it
+                self._store.early[item.param] = masters.read(item.param, item.stored)
 
-    def _split(self, param: Tensor) -> bool:
-        return self._stored[param].dtype == torch.int16
-
-    def _reserve(self, use: str, params: list[Tensor]) -> None:
-        for device in {p.device for p in params}:
-            room = sum(Scratch.padded(p.numel()) for p in params if p.device == device)
-            self._scratch.reserve(device, use, room)
+    def _reserve(self, params: Iterable[Tensor]) -> None:
+        rooms: dict[torch.device, int] = {}
+        splits = False
+        for param in params:
+            if self._store.has(param):
+                rooms[param.device] = rooms.get(param.device, 0) + Scratch.padded(param.numel())
+                splits = splits or self._store.storage(param) == "split"
+        for device, room in rooms.items():
+            self._scratch.reserve(device, "grad", room)
+            if splits:
+                self._scratch.reserve(device, "master", room)
 
     def _stand_in(self, param: Tensor) -> Tensor:
-        stored = self._stored[param]
-        master = stored
-        if self._split(param):
+        """The parameter's master as a parameter; the parameter itself if it needs none."""
+        if not self._store.has(param):
+            return param
+        new = not self._store.known(self._state, param)
+        stored = self._store.take(self._state, param)
+        master, split = stored, stored.dtype == torch.int16
+        if split:
             room, spare = self._scratch.take(param, "master"), self._scratch.take(param, "grad")
             master = masters.read(param, stored, room, spare)
         stand_in = nn.Parameter(master, param.requires_grad)
         copy_marks(param, stand_in)
+        self._items.append(_Item(param, stored, stand_in, split, new))
         return stand_in
 
     def _write(self, *, last: bool) -> None:
         """Round every stand-in into its parameter."""
         weights: list[Tensor] = []
         full: list[Tensor] = []
-        for param, stand_in in self._stand_ins.items():
-            stored, master = self._stored[param], stand_in.detach()
-            if self._split(param):
-                masters.write(param, stored, master, spent=last)
+        for item in self._items:
+            master = item.stand_in.detach()
+            if item.split:
+                masters.write(item.param, item.stored, master, spent=last)
                 continue
-            if stored.data_ptr() != master.data_ptr():  # the rule gave the parameter new data
-                stored.copy_(master)
-            weights.append(local(param.detach()))
-            full.append(local(stored))
+            if item.stored.data_ptr() != master.data_ptr():  # the rule gave it new data
+                item.stored.copy_(master)
+            weights.append(local(item.param.detach()))
+            full.append(local(item.stored))
         if weights:
             torch._foreach_copy_(weights, full)
 

@@ -26,7 +26,14 @@ from torch.optim import Optimizer
 from mixprec.admission import Admission, accepts_sparse, admit
 from mixprec.arguments import check_weights
 from mixprec.gradients import local, nonfinite_names, scale_
-from mixprec.inner import Bucket, GroupValues, fill_buckets, rule_of, takes_found_inf
+from mixprec.inner import (
+    Bucket,
+    GroupValues,
+    fill_buckets,
+    rule_of,
+    shared_keys,
+    takes_found_inf,
+)
 from mixprec.masters import LOW, MasterStore, Scratch
 from mixprec.names import names_of
 from mixprec.run import MasterRun
@@ -278,12 +285,12 @@ class SteppingOptimizer(Optimizer):
             return
         buckets = self._buckets(everything)
         scratch = Scratch(self._largest_rooms(buckets))
-        values = GroupValues(self.param_groups)
+        shared = shared_keys(self.inner)
+        values = GroupValues(self.param_groups) if len(buckets) > 1 else None
         for bucket in buckets:
-            run = MasterRun(self.inner, self.state, self._store, bucket, scratch)
+            run = MasterRun(self.inner, self.state, self._store, bucket, scratch, shared)
             run.take_grads(factor)
-            one_of_many = values.bucket(bucket) if len(buckets) > 1 else nullcontext()
-            with run, one_of_many, torch.enable_grad():
+            with run, values.bucket(bucket) if values else nullcontext(), torch.enable_grad():
                 call()
         self._warn_of_edits()
 
@@ -316,8 +323,9 @@ class SteppingOptimizer(Optimizer):
         """Elements of FP32 scratch for a rule that runs bucket by bucket."""
         if self._bucket_numel != "auto":
             return self._bucket_numel
+        # On a CPU smaller ones fit a core's cache, but cost more calls of the rule than that saves.
         device = next((p.device.type for p in self._params()), "cpu")
-        return 2**18 if device == "cpu" else 2**22
+        return 2**20 if device == "cpu" else 2**22
 
     def _scale_fp32_grads(self, factor: Tensor | None) -> None:
         if factor is not None:
