@@ -59,13 +59,16 @@ class Manner:
     closure: Literal["none", "loss", "evaluates"] = "none"
     """No closure; one that reports a loss, once; one that sets gradients, to be called often."""
     with_state: bool = False
-    """Start from corners of the state that the rule made at construction."""
+    """Start from corners of the state that is there, such as a rule makes at construction."""
+    counters: bool = True
+    """Keep numbers in groups that are no options, although the state that they belong to is not."""
 
 
 _MANNERS = (
     Manner("resting"),
     Manner("partly"),
     Manner("steady"),
+    Manner("resting", counters=False),
     Manner("steady", with_state=True),
     Manner("steady", "evaluates"),
     Manner("sparse"),
@@ -154,7 +157,7 @@ def _native_trial(inner: Optimizer, with_loss: bool) -> tuple[Manner, _Record]:
 
 
 def _trial(inner: Optimizer, step: _Step, manner: Manner) -> _Record:
-    twin, params = _twin(inner, manner.with_state)
+    twin, params = _twin(inner, manner)
     if callable(train := getattr(twin, "train", None)):
         train()  # schedule-free rules step in no other mode; whether the real one is in it, it says
     torch.manual_seed(0)
@@ -287,16 +290,14 @@ def _difference(native: _Record, other: _Record) -> str:
 # ---------------------------------------- the twin that is tried
 
 
-def _twin(inner: Optimizer, with_state: bool) -> tuple[Optimizer, list[list[Tensor]]]:
+def _twin(inner: Optimizer, manner: Manner) -> tuple[Optimizer, list[list[Tensor]]]:
     """A copy of `inner` at its hyperparameters over small FP32 parameters.
 
-    A fresh optimizer's groups are copied whole. One that has stepped starts afresh too: its
-    counters, which are numbers outside of its defaults, are left out with its state.
+    It has no state, although `inner` may have stepped: what is tried does not depend on its age.
     """
     generator = torch.Generator().manual_seed(0)
     state: defaultdict[Any, Any] = defaultdict(dict)
     memo: dict[int, Any] = {id(inner.state): state}
-    stepped = any(inner.state.get(p) for group in inner.param_groups for p in group["params"])
     params: list[list[Tensor]] = []
     groups: list[dict[str, Any]] = []
     for group in inner.param_groups:
@@ -305,12 +306,11 @@ def _twin(inner: Optimizer, with_state: bool) -> tuple[Optimizer, list[list[Tens
         spare = small[0] if small else nn.Parameter(torch.zeros(()))
         memo.update((id(param), spare) for param in group["params"])
         memo[id(group["params"])] = small
-        afresh = stepped and not with_state
-        kept = {k: v for k, v in group.items() if not afresh or _is_option(inner, k, v)}
+        kept = {k: v for k, v in group.items() if manner.counters or _is_option(inner, k, v)}
         groups.append({**copy.deepcopy(kept, memo), **_moving_lr(group), "params": small})
         memo[id(group)] = groups[-1]
         params.append(small)
-        if with_state:
+        if manner.with_state:
             for (param, shape), stand_in in zip(shapes, small, strict=True):
                 state[stand_in] = _corner(inner.state.get(param, {}), param, shape)
     memo[id(inner.param_groups)] = groups
@@ -330,7 +330,8 @@ def _shared_state(optimizer: Optimizer) -> dict[Any, Any]:
 
 
 def _is_option(inner: Optimizer, key: str, value: Any) -> bool:
-    return key in inner.defaults or not isinstance(value, (int, float, Tensor))
+    number = isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
+    return key in inner.defaults or not number
 
 
 def _corner(entry: dict[str, Any], param: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:

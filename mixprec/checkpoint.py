@@ -12,12 +12,14 @@ are widened, and the master starts from the weight.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mixprec.inner import without_hooks
 from mixprec.masters import LOW, MASTER, nested
 
 # States that torch's own rules shape like their parameter. Other rules project or factor some.
@@ -160,6 +162,35 @@ def _check_siblings(
                 f"the checkpoint's state of {name_of(pairs[key])!r} lacks {lacks[0]!r}, which "
                 f"other parameters have; nothing was loaded. The checkpoint is damaged."
             )
+
+
+def own_entries(inner: Optimizer) -> dict[str, Any]:
+    """What a rule with a `state_dict` of its own saves beside state and groups (counters, "
+    "mostly)."""
+    if type(inner).state_dict is Optimizer.state_dict:
+        return {}
+    with without_hooks(inner):
+        saved = inner.state_dict()
+    return {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+
+
+def load_own_entries(inner: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give such a rule back what it saved; its groups and state are left as they are."""
+    own = {key: value for key, value in saved.items() if key not in ("state", "param_groups")}
+    if not own or type(inner).load_state_dict is Optimizer.load_state_dict:
+        return
+    state, groups = inner.state, inner.param_groups
+    try:
+        with without_hooks(inner):
+            inner.load_state_dict({**own, "state": {}, "param_groups": _packed(groups)})
+    finally:
+        inner.state, inner.param_groups = state, groups
+
+
+def _packed(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups with numbers for parameters, as they are saved."""
+    number = count()
+    return [{**group, "params": [next(number) for _ in group["params"]]} for group in groups]
 
 
 def restored(

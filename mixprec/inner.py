@@ -51,6 +51,17 @@ def shared_keys(inner: Optimizer) -> set[Any]:
     return {key for key in cast(dict[Any, Any], inner.state) if not isinstance(key, Tensor)}
 
 
+@contextmanager
+def without_hooks(inner: Optimizer) -> Generator[None]:
+    """Keep the hooks that the wrapper runs itself from being run by the rule's own methods."""
+    hooks = {name: value for name, value in vars(inner).items() if name.endswith("_hooks")}
+    vars(inner).update({name: OrderedDict[int, Any]() for name in hooks})
+    try:
+        yield
+    finally:
+        vars(inner).update(hooks)
+
+
 def copy_marks(param: Tensor, stand_in: Tensor) -> None:
     """Give a stand-in the attributes that users set on its parameter, which rules may read."""
     for name, value in vars(param).items():

@@ -309,7 +309,7 @@ class MixedPrecision(SteppingOptimizer):
         """
         decode = self.register_state_dict_post_hook(self._decode, prepend=True)
         try:
-            return super().state_dict()
+            return {**checkpoint.own_entries(self.inner), **super().state_dict()}
         finally:
             decode.remove()
 
@@ -346,6 +346,7 @@ class MixedPrecision(SteppingOptimizer):
         pairs = checkpoint.pair(saved_groups, self.param_groups, self._name)
         checkpoint.check_rule(saved_groups, self.param_groups, self.inner)
         checkpoint.check(saved_state, pairs, self._name, torch_rule=torch_rule)
+        checkpoint.load_own_entries(self.inner, state_dict)
         group_of = {key: group for group in saved_groups for key in group["params"]}
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, entry in saved_state.items():

@@ -205,6 +205,27 @@ class HasMomentum(Rule):
             p.sub_(velocity.mul_(0.9).add_(grad) * group["lr"])
 
 
+class SavesACounter(Rule):
+    """Keeps what matters on itself and saves it beside its state, as some packages' rules do."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+        self.age = 0
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.age += 1
+        for group, p, grad in self.stepped():
+            p.sub_(grad * group["lr"] / self.age)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "age": self.age}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.age = state_dict["age"]
+
+
 class CannotRun(Rule):
     def step(self, closure: Any = None) -> Any:
         raise NotImplementedError("updates happen in backward")
@@ -428,3 +449,22 @@ def test_init_state_leaves_the_rules_own_counters_alone() -> None:
     optimizer.init_state()
     assert vars(optimizer.inner)["count"] == before
     assert all("velocity" in optimizer.state[p] for p in params)
+
+
+def test_what_a_rule_saves_beside_its_state_comes_back() -> None:
+    params = low()
+    optimizer = mixprec.MixedPrecision(SavesACounter(params))
+    loaded: list[int] = []
+    for seed in range(3):
+        step_with(optimizer, params, seed)
+    other_params = [nn.Parameter(p.detach().clone()) for p in params]
+    other = mixprec.MixedPrecision(SavesACounter(other_params))
+    other.register_load_state_dict_post_hook(lambda _: loaded.append(1))
+    groups, saved = other.param_groups, optimizer.state_dict()
+    assert saved["age"] == 3
+    other.load_state_dict(saved)
+    assert loaded == [1] and other.param_groups is groups is other.inner.param_groups
+    step_with(optimizer, params, 3)
+    step_with(other, other_params, 3)
+    ours, theirs = ([m for _, m in each.masters()] for each in (optimizer, other))
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
