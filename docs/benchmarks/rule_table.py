@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -25,12 +24,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from comparison import STORAGES, Outcome, compare  # noqa: E402
-from rules import (  # noqa: E402
-    Recipe,
-    other_recipes,
-    pytorch_optimizer_recipes,
-    torch_recipes,
-)
+from rules import Recipe, torch_recipes  # noqa: E402
+from thirdparty_rules import other_recipes, pytorch_optimizer_recipes  # noqa: E402
 
 PAGE = ROOT / "docs" / "rules.md"
 PACKAGES = (
@@ -41,6 +36,7 @@ PACKAGES = (
     "prodigyopt",
     "bitsandbytes",
 )
+CLOSURE = "it calls its closure itself"
 
 
 @dataclass(frozen=True)
@@ -73,32 +69,32 @@ def rows(
     recipes: Iterable[Recipe], outcomes: Callable[[Recipe], Sequence[Outcome]] = outcomes
 ) -> list[Row]:
     """One row for each rule among `recipes`, in their order."""
-    by_rule = groupby(recipes, key=lambda recipe: re.split(r"[:(]", recipe.name)[0])
-    return [_row(rule, [outcomes(recipe) for recipe in same]) for rule, same in by_rule]
+    found: dict[str, list[tuple[Recipe, Sequence[Outcome]]]] = {}
+    for recipe in recipes:
+        rule = re.split(r"[:(]", recipe.name)[0]
+        found.setdefault(rule, []).append((recipe, outcomes(recipe)))
+    return [_row(rule, same) for rule, same in found.items()]
 
 
-def _row(rule: str, found: Sequence[Sequence[Outcome]]) -> Row:
-    able = [outcomes for outcomes in found if outcomes[0].kind != "unable"]
+def _row(rule: str, found: Sequence[tuple[Recipe, Sequence[Outcome]]]) -> Row:
+    able = [outcomes for _, outcomes in found if outcomes[0].kind != "unable"]
     if not able:
-        return Row(rule, "cannot run", len(found), "", False, found[0][0].reason)
-    for outcomes in able:
-        for outcome in outcomes:
-            if outcome.kind == "wrong":
-                return Row(rule, "WRONG", len(able), outcome.tier, False, outcome.reason)
-    refused = [
-        outcome
-        for fp32, bf16, _, fp16 in able
-        for outcome in (fp32, bf16, fp16)
-        if outcome.kind == "refused"
-    ]
-    if refused:
-        return Row(rule, "refused", len(able), "", False, refused[0].reason)
+        return Row(rule, "cannot run", len(found), "", False, found[0][0].unable)
+    kinds = {outcome.kind for fp32, bf16, _, fp16 in able for outcome in (fp32, bf16, fp16)}
+    for outcome in (outcome for outcomes in able for outcome in outcomes):
+        if outcome.kind == "wrong":
+            return Row(rule, "WRONG", len(able), outcome.tier, False, outcome.reason)
+    if "refused" in kinds:
+        why = next((recipe.refused for recipe, _ in found if recipe.refused), "")
+        return Row(rule, "refused", len(able), "", False, why)
     whole = [outcomes[1] for outcomes in able if outcomes[1].tier == "whole"]
     runs = "whole" if len(whole) == len(able) else "bucket by bucket"
     if whole and runs != "whole":
         runs += f", {len(whole)} of {len(able)} option sets whole"
     split = all(outcomes[2].kind == "exact" for outcomes in able)
-    return Row(rule, "exact", len(able), runs, split, whole[0].reason if whole else "")
+    closure = any(outcome.reason == CLOSURE for outcome in whole)
+    why = (CLOSURE if closure else "tensors are coupled") if whole else ""
+    return Row(rule, "exact", len(able), runs, split, why)
 
 
 def page(sections: dict[str, list[Row]]) -> str:
@@ -135,11 +131,13 @@ BF16 (full and split masters) and FP16 parameters. *exact* means that after ever
     master == parameter of the bare rule        weight == master, rounded
 
 bit by bit, and so did the rule's own state and its group values. *refused* means that the wrapper
-raises an error that says why, before anything changes; *cannot run*, that the bare rule cannot take
-a step on a CPU. A rule that runs *bucket by bucket* needs a small FP32 scratch; one that runs
-*whole* couples tensors and must see all FP32 masters at once, so it has no split masters. None of
-this is a list in the code: the wrapper tries a rule on small tensors before its first step, and
-`optimizer.explain()` says what it found.
+raises an error that says why, before anything changes; FP32 parameters, which need no masters, are
+exact all the same, but for magma. *cannot run*: the bare rule cannot take a step on a CPU.
+
+A rule that runs *bucket by bucket* needs a small FP32 scratch. One that runs *whole* couples
+tensors and must see all FP32 masters at once, so it has no split masters. None of this is a list in
+the code: the wrapper tries a rule on small tensors before its first step, and `optimizer.explain()`
+says what it found.
 
 {versions}; Python {python}, CPU.
 Made {date} by `docs/benchmarks/rule_table.py`.
