@@ -165,8 +165,7 @@ def _check_siblings(
 
 
 def own_entries(inner: Optimizer) -> dict[str, Any]:
-    """What a rule with a `state_dict` of its own saves beside state and groups (counters, "
-    "mostly)."""
+    """What a rule with its own `state_dict` saves beside state and groups: counters, mostly."""
     if type(inner).state_dict is Optimizer.state_dict:
         return {}
     with without_hooks(inner):
