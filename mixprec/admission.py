@@ -34,8 +34,7 @@ from torch.optim import Optimizer
 from mixprec.inner import GroupValues, StandIns, copy_marks, fill_buckets, rule_of, same
 
 GRADIENT_SIZES = (1.0, 1e-3, 30.0, 1.0, 1.0, 1e6, 1.0, 1.0)
-"""Gradient size of each trial step: on both sides of clipping thresholds, past periods of 5 "
-"steps."""
+"""Gradient size of each trial step: both sides of clipping thresholds, past periods of 5 steps."""
 
 # Attributes that the trial replaces, or that only schedulers read.
 _OUTSIDE = ("param_groups", "state", "defaults", "step", "_opt_called")
@@ -373,8 +372,7 @@ def _moving_lr(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Copies of numbers, strings, tensors and collections; what else there is cannot be "
-    "compared."""
+    """Copies of numbers, strings, tensors and collections; nothing else can be compared."""
     kinds = (int, float, str, Tensor, list, tuple, dict, deque, type(None))
     return {
         k: copy.deepcopy(v) for k, v in values.items() if isinstance(v, kinds) and k != "params"

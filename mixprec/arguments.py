@@ -1,5 +1,4 @@
-"""The checks of MixedPrecision's public edge: options, parameters, weights; and parameters' "
-"names."""
+"""The checks of MixedPrecision's public edge: options, parameters and weights."""
 
 from __future__ import annotations
 

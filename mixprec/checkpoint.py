@@ -150,8 +150,7 @@ def _check_siblings(
     *,
     torch_rule: bool,
 ) -> None:
-    """Torch's element-wise rules give every parameter the same states: one that lacks some is "
-    "cut."""
+    """Torch's element-wise rules give all parameters the same states: one with fewer was cut."""
     if not torch_rule:
         return
     common = {k for entry in entries.values() for k in entry} & _PARAM_SHAPED

@@ -1,5 +1,4 @@
-"""A model's state dict in FP32: masters in place of the 16-bit weights that are rounded from "
-"them."""
+"""A model's state dict in FP32, with masters in place of the 16-bit weights that they become."""
 
 from __future__ import annotations
 

@@ -131,8 +131,7 @@ class MasterStore:
         return MASTER in state.get(param, ()) or param in self.early
 
     def take(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
-        """Remove what is stored for the master, brought up to date with the weight, from "
-        "`state`."""
+        """Remove from `state` what is stored for the master, brought up to date with the weight."""
         entry = state.get(param)
         stored: Tensor | None = entry.pop(MASTER, None) if entry else None
         if entry is not None and not entry:

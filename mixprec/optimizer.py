@@ -395,8 +395,7 @@ class MixedPrecision(SteppingOptimizer):
 
     @property
     def grads_finite(self) -> bool:
-        """Whether the last step went through; False if an overflow made it skip. May "
-        "synchronise."""
+        """Whether the last step went through; False if overflow made it skip. May synchronise."""
         return not bool(self._verdict.overflowed)
 
     def metrics(self) -> dict[str, float]:
