@@ -1,0 +1,60 @@
+"""Two questions about the picture of `mixprec demo`, answered by training with one thing changed.
+
+When does FP16 need its loss scale? The same run, with gradients divided by the tokens of smaller
+and larger steps. Does emulation change the curves? The same runs on the processor's own 16-bit
+kernels, slow where it has no units for them.
+
+    python docs/benchmarks/demo_variants.py
+"""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import replace
+
+import torch
+
+from mixprec.cli import demo_runs
+from mixprec.cli.demo_runs import RUNS, Outcome, Run, Settings, train
+from mixprec.cli.demo_text import Corpus, read_text
+
+SETTINGS = Settings()
+FP32_RUN, *OTHERS = RUNS
+UNSCALED = next(run for run in RUNS if run.name == "fp16 without a loss scale")
+
+
+def outcome(run: Run, settings: Settings = SETTINGS) -> Outcome:
+    corpus = Corpus(
+        read_text().sentences,
+        context=settings.context,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    return train(run, settings, corpus, lambda outcome, num_tokens: None)
+
+
+def above(reference: float, loss: float) -> str:
+    return f"{round(loss - reference, 4) + 0.0:+.4f}"  # -0.0 + 0.0 is 0.0
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print(f"torch {torch.__version__}, Python {platform.python_version()}\n")
+    reference = outcome(FP32_RUN).held_out_loss
+
+    print("| gradients divided by | above fp32 | subnormal |\n|---|---|---|")
+    for exponent in (10, 12, 14, 16, 18, 20):
+        unscaled = outcome(UNSCALED, replace(SETTINGS, presumed_tokens=2**exponent))
+        gap = above(reference, unscaled.held_out_loss)
+        print(f"| 2^{exponent} tokens | {gap} | {unscaled.subnormal_grads:.1%} |", flush=True)
+
+    emulated = {run: outcome(run).held_out_loss for run in OTHERS}
+    demo_runs.emulated = lambda device, format: False
+    print("\n| run | emulated | own kernels |\n|---|---|---|")
+    for run, loss in emulated.items():
+        own = above(reference, outcome(run).held_out_loss)
+        print(f"| {run.name} | {above(reference, loss)} | {own} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
