@@ -5,6 +5,7 @@ Every public name is listed here by hand; importing this package imports only to
 
 from mixprec import formats
 from mixprec.accumulation import GradientAccumulator
+from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 from mixprec.optimizer import MixedPrecision
 from mixprec.precision import Precision, cast_model
@@ -14,10 +15,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DynamicLossScaler",
     "GradientAccumulator",
+    "LinearCrossEntropy",
     "MixedPrecision",
     "Precision",
     "StaticLossScaler",
     "__version__",
     "cast_model",
     "formats",
+    "linear_cross_entropy",
 ]

@@ -1,0 +1,317 @@
+"""Cross entropy of an output layer, without its logits and with the gradient of the sum.
+
+At V = 128256 the logits of 8192 tokens are 2 GB in BF16, 4 GB in FP32, and autograd saves them. But
+a loss is a sum over tokens, so a chunk of logits can be made, turned into its own gradient,
+multiplied into the gradients of hidden states and weight, and forgotten:
+
+    dlogits = softmax - onehot,    dhidden = dlogits @ weight,    dweight += dlogits.T @ hidden
+
+All of it happens in the forward pass; the backward pass multiplies by the one number that was not
+known then. The price: gradients that nobody asks for are computed too, and dhidden and dweight are
+held from forward to backward. `recompute=True` trades both for a second product with the weight.
+
+The sum and the number of tokens are returned apart. A mean would put 1/T on every target, which 16
+bits round by up to 0.4 %, the same way for each; `softmax - onehot` has -1 there.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from mixprec.logit_chunks import default_chunk_size, losses_and_gradients
+from mixprec.loss_arguments import check_options, check_shapes, operand_dtype, refuse_transforms
+
+__all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+    reduction: Literal["sum", "none"] = "sum",
+    recompute: bool = False,
+    chunk_size: int | None = None,
+    num_tokens: int | None = None,
+    shift: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy of `hidden @ weight.T + bias`, one chunk of logits at a time.
+
+    Equal, up to rounding, to
+
+        F.cross_entropy(F.linear(hidden, weight, bias).float(), targets, reduction="sum")
+
+    while holding `chunk_size x vocab` logits instead of `tokens x vocab`.
+
+    Args:
+        hidden: last hidden states, `[tokens, width]` or with any other leading axes such as
+            `[batch, time, width]`; FP32, BF16, FP16 or FP64.
+        weight: output embedding, `[vocab, width]`, of the dtype of `hidden`; hand over the
+            parameter itself, because a view of it rounds its gradient. Under autocast both are
+            cast, and the gradient of an FP32 weight is not rounded.
+        targets: class of each token, integers in `[0, vocab)` or `ignore_index`, with the leading
+            axes of `hidden`.
+        bias: `[vocab]`, of the dtype of `weight`.
+        ignore_index: marks padding, which adds neither loss nor gradient and costs no product.
+        label_smoothing: as in `F.cross_entropy`.
+        class_weight: `[vocab]`, as `weight` in `F.cross_entropy`. `num_tokens` stays a count.
+        token_weight: multiplies each token's loss; the shape of `targets`. Keep it near 1 and put
+            common factors on the loss, where they multiply in FP32.
+        softcap: logits become `softcap * tanh(logits / softcap)`.
+        z_loss: adds `z_loss * log_sum_exp ** 2` to each token's loss.
+        reduction: "sum", or "none" for the loss of each token, which implies `recompute`.
+        recompute: computes gradients in the backward pass, from logits made a second time. For a
+            loss that is not always differentiated, or more than once, or not last in its graph.
+        chunk_size: tokens whose logits are alive at once; by default as many as fit 1 GiB, between
+            512 and 4096. Changes memory, speed and rounding only.
+        num_tokens: number of targets that are no padding, after the shift, where the caller knows
+            it: then the host does not wait for the device to count. Checked.
+        shift: scores each hidden state against the next target along the last axis, and the last
+            one against padding; `token_weight` moves with the targets.
+
+    Returns:
+        Loss in nats, FP32 (FP64 for FP64 input), 0-d or of the shape of `targets` with 0 at
+        padding; and the number of targets that are no padding, 0-d int64. Both on the device of
+        `hidden`, both 0 if all is padding.
+
+    Raises:
+        ValueError: for shapes that disagree, targets out of range and options out of range. On a
+            device the targets are asserted there, and the host does not wait.
+        TypeError: for targets that are no integers and for mixed dtypes.
+        RuntimeError: from a second backward pass unless `recompute`, for second derivatives, inside
+            `torch.func` and for forward-mode derivatives.
+
+    Numerics:
+        Logits and softmax in FP32, from exact products of 16-bit numbers. Logit gradients round to
+        the dtype of `hidden` at unit scale, `softmax - onehot`, whose -1 is exact. Gradients of
+        weight and bias are summed in FP32 over the chunks and reach a parameter whose `grad_dtype`
+        is FP32 as they are; others get them rounded once. The incoming gradient (loss scale, 1/T)
+        multiplies in FP32 after all products.
+
+    Source: Wijmans et al. 2024, arXiv:2411.09009; chunks instead of tiles, no gradient filter.
+
+    >>> import torch
+    >>> from mixprec.cross_entropy import linear_cross_entropy
+    >>> hidden, weight = torch.zeros(3, 2), torch.zeros(4, 2)
+    >>> loss_sum, num_tokens = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -100]))
+    >>> round((loss_sum / num_tokens).item(), 4)  # uniform over four classes: log 4
+    1.3863
+    """
+    check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
+    dtype = operand_dtype(hidden, weight, bias)
+    if chunk_size is None:
+        chunk_size = default_chunk_size(weight.shape[0], dtype)
+    check_options(reduction, label_smoothing, softcap, z_loss, chunk_size, num_tokens)
+    differentiable = (hidden, weight, bias)
+    refuse_transforms(differentiable)
+    targets = targets.long()
+    if shift:
+        targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
+        if token_weight is not None:
+            token_weight = F.pad(token_weight[..., 1:], (0, 1))
+    grad_enabled = torch.is_grad_enabled()
+    options = _Options(
+        ignore_index,
+        float(label_smoothing),
+        None if softcap is None else float(softcap),
+        float(z_loss),
+        chunk_size,
+        num_tokens,
+        dtype,
+        reduction == "none",
+        recompute or reduction == "none",
+        [grad_enabled and t is not None and t.requires_grad for t in differentiable],
+    )
+    loss, count = _LinearCrossEntropy.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        targets.reshape(-1),
+        class_weight,
+        None if token_weight is None else token_weight.reshape(-1),
+        options,
+    )
+    return loss.reshape(targets.shape) if reduction == "none" else loss, count
+
+
+class LinearCrossEntropy(nn.Module):
+    """An output layer that is asked for its loss instead of its logits.
+
+    Holds `weight` `[num_classes, in_features]` and, if asked for, `bias`, named and initialised as
+    in `nn.Linear`, whose state dicts it loads. `forward` is `linear_cross_entropy` with them, so
+    sharding that gathers parameters around a module's forward finds them there. To tie it, assign:
+    `head.weight = embedding.weight`.
+
+    Args:
+        options: whatever else `linear_cross_entropy` takes by name, for every call; an unknown
+            name is a TypeError. A `class_weight` stays on the device it is given on.
+
+    >>> import torch
+    >>> from mixprec.cross_entropy import LinearCrossEntropy
+    >>> head = LinearCrossEntropy(8, 50, shift=True)
+    >>> loss_sum, num_tokens = head(torch.randn(2, 5, 8), torch.zeros(2, 5, dtype=torch.long))
+    >>> num_tokens
+    tensor(8)
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        layer = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.weight = layer.weight
+        self.register_parameter("bias", layer.bias)
+        signature(linear_cross_entropy).bind_partial(**options)  # raises for an unknown name
+        self.options = options
+
+    def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Loss sum and token count; `options` override those of the constructor."""
+        options = {**self.options, **options}
+        return linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **options)
+
+    def extra_repr(self) -> str:
+        shown = {"bias": self.bias is not None, **self.options}
+        named = ", ".join(f"{k}={v}" for k, v in shown.items() if not isinstance(v, Tensor))
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, {named}"
+
+
+class _Options(NamedTuple):
+    """What goes to the operator besides tensors; then what becomes of its results."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    z_loss: float
+    chunk_size: int
+    num_tokens: int | None
+    dtype: torch.dtype
+    """Of the operands of all products."""
+    per_token: bool
+    recompute: bool
+    needs: list[bool]
+    """Which of hidden, weight and bias want a gradient."""
+
+
+_Gradients = tuple[Tensor | None, ...]
+
+
+class _LinearCrossEntropy(Function):
+    """Saves gradients and scales them in backward; or saves inputs and computes gradients there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        class_weight: Tensor | None,
+        token_weight: Tensor | None,
+        options: _Options,
+    ) -> tuple[Tensor, Tensor]:
+        inputs = hidden, weight, bias, targets, class_weight, token_weight
+        needs = [need and not options.recompute for need in options.needs]
+        losses, count, *grads = _evaluate(inputs, options, needs)
+        ctx.save_for_backward(*(inputs if options.recompute else grads))
+        ctx.options, ctx.used_up = options, False
+        ctx.mark_non_differentiable(count)
+        return losses if options.per_token else losses.sum(), count
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> _Gradients:
+        options: _Options = ctx.options
+        factor = grad_outputs[0]
+        if not torch.compiler.is_compiling():
+            _refuse_second_derivative()
+            if not options.recompute:
+                _refuse_second_backward(ctx)
+        if options.recompute:
+            hidden, weight, bias, targets, class_weight, token_weight = ctx.saved_tensors
+            if options.per_token:
+                unit = _power_of_two_near(factor)
+                rows = factor / unit
+                token_weight = rows if token_weight is None else token_weight * rows
+                factor = unit
+            inputs = hidden, weight, bias, targets, class_weight, token_weight
+            grads = _evaluate(inputs, options, options.needs)[2:]
+        else:
+            grads = ctx.saved_tensors
+        wanted = zip(grads, options.needs, strict=True)
+        return *(_times_(grad, factor) if need else None for grad, need in wanted), *[None] * 4
+
+
+def _evaluate(
+    inputs: tuple[Tensor | None, ...], options: _Options, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Losses, count, gradients. Casts in here, so that none of them is differentiated."""
+    operands = (None if t is None else t.to(options.dtype) for t in inputs[:3])
+    return losses_and_gradients(*operands, *inputs[3:], *options[:6], needs)
+
+
+_BLOCK = 2**20  # elements widened at once
+
+
+def _times_(grad: Tensor, factor: Tensor) -> Tensor:
+    """`grad * factor` in FP32, in place: a 16-bit `mul_` may round the factor first."""
+    if torch.compiler.is_compiling():
+        return (grad.to(factor.dtype) * factor).to(grad.dtype)
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return grad
+    if grad.dtype == factor.dtype:
+        return grad.mul_(factor)
+    for block in grad.view(-1).split(_BLOCK):
+        block.copy_(block.to(factor.dtype) * factor)
+    return grad
+
+
+def _power_of_two_near(factors: Tensor) -> Tensor:
+    """The power of two at or above the largest magnitude, 0-d; 1 where there is none.
+
+    Divided by it, per-token factors are near 1 inside the products, whatever loss scale they carry.
+    """
+    if not factors.numel():
+        return factors.new_ones(())
+    largest = factors.abs().amax()
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+    return torch.where(largest.isfinite() & (largest > 0), unit, 1.0)
+
+
+def _refuse_second_backward(ctx: Any) -> None:
+    if ctx.used_up:
+        raise RuntimeError(
+            "linear_cross_entropy computed its gradients in forward, and the first backward pass "
+            "has multiplied them in place; a second one would multiply them again. Give "
+            "recompute=True to go backward more than once."
+        )
+    ctx.used_up = True
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "linear_cross_entropy has no second derivative, and create_graph=True asks for one. "
+            "Use F.cross_entropy(F.linear(hidden, weight), targets, reduction='sum') there."
+        )

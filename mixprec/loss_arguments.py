@@ -1,0 +1,129 @@
+"""Arguments of `linear_cross_entropy` that cannot be meant, refused before any work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["check_options", "check_shapes", "operand_dtype", "refuse_transforms"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """The one dtype of all operands: their own, or autocast's."""
+    dtypes = {"hidden": hidden.dtype, "weight": weight.dtype}
+    if bias is not None:
+        dtypes["bias"] = bias.dtype
+    named = " and ".join(f"{name} is {dtype}" for name, dtype in dtypes.items())
+    if not all(dtype in _FLOATS for dtype in dtypes.values()):
+        raise TypeError(f"{named}; they must be FP32, BF16, FP16 or FP64")
+    device = hidden.device.type
+    castable = torch.float64 not in dtypes.values()
+    if castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if len(set(dtypes.values())) > 1:
+        raise TypeError(
+            f"{named}; they must be of one dtype, because which of them to round is yours to "
+            f"choose: cast one, or run under torch.autocast"
+        )
+    return hidden.dtype
+
+
+def check_shapes(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+) -> None:
+    """Refuse shapes that disagree, and targets and factors of the wrong kind."""
+    if not hidden.dim() or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        width = hidden.shape[-1] if hidden.dim() else "width"
+        raise ValueError(
+            f"weight is {list(weight.shape)} but hidden is {list(hidden.shape)}; weight must be "
+            f"[vocab, {width}] and hidden [..., width]"
+        )
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(
+            f"targets are {targets.dtype}; they must be integers, the number of each token's "
+            f"class. Probabilities of classes are not supported."
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"targets are {list(targets.shape)} but hidden is {list(hidden.shape)}; give one "
+            f"target for each hidden state, {list(hidden.shape[:-1])}. To score the next token, "
+            f"slice neither and give shift=True."
+        )
+    vocab = weight.shape[:1]
+    if bias is not None and bias.shape != vocab:
+        raise ValueError(
+            f"bias is {list(bias.shape)} but weight is {list(weight.shape)}; bias must be "
+            f"{list(vocab)}"
+        )
+    _check_factor("class_weight", class_weight, vocab)
+    _check_factor("token_weight", token_weight, targets.shape)
+
+
+def _check_factor(name: str, factor: Tensor | None, shape: torch.Size) -> None:
+    if factor is None:
+        return
+    if factor.shape != shape or not factor.dtype.is_floating_point:
+        raise ValueError(
+            f"{name} is {factor.dtype} of shape {list(factor.shape)}; it must be floating-point of "
+            f"shape {list(shape)}"
+        )
+    if factor.requires_grad:
+        raise ValueError(
+            f"{name} requires a gradient and would get none; detach it"
+            + (", or multiply reduction='none' losses by it" if name == "token_weight" else "")
+        )
+
+
+def check_options(
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+    z_loss: float,
+    chunk_size: Any,
+    num_tokens: Any,
+) -> None:
+    """Refuse options out of range."""
+    if reduction not in ("sum", "none"):
+        raise ValueError(
+            f"reduction is {reduction!r}; it must be 'sum' or 'none'. For a mean divide loss_sum "
+            f"by the tokens of the whole step, once, as GradientAccumulator does."
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for no cap")
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss is {z_loss}; it must be 0 or more")
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(
+            f"chunk_size is {chunk_size!r}; it must be an int of at least 1, the tokens whose "
+            f"logits are held at once, or None"
+        )
+    if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 0):
+        raise ValueError(
+            f"num_tokens is {num_tokens!r}; it must be an int of at least 0 that the host knows "
+            f"already (reading it from a tensor would wait for the device), or None"
+        )
+
+
+def refuse_transforms(tensors: tuple[Tensor | None, ...]) -> None:
+    """Refuse derivatives other than those of a backward pass. A compiler has words of its own."""
+    if torch.compiler.is_compiling():
+        return
+    duals = (t for t in tensors if t is not None and forward_ad.unpack_dual(t).tangent is not None)
+    if torch._C._are_functorch_transforms_active() or next(duals, None) is not None:
+        raise RuntimeError(
+            "linear_cross_entropy has no derivative inside torch.func or in forward mode, because "
+            "its backward is computed in its forward. Use F.cross_entropy(F.linear(hidden, weight)"
+            ", targets, reduction='sum') there."
+        )
