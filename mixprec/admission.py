@@ -91,14 +91,14 @@ def admit(inner: Optimizer, *, with_loss: bool = False) -> Admission:
     >>> admit(torch.optim.LBFGS([weight])).per_parameter
     False
     """
-    with _undisturbed(inner):
+    with undisturbed(inner):
         manner, native = _native_trial(inner, with_loss)
         why = "it calls its closure itself"
         if manner.closure != "evaluates":
             try:
                 why = _difference(native, _trial(inner, _bucketed, manner))
             except Exception as error:
-                why = f"one tensor at a time it raised {_quote(error)}"
+                why = f"one tensor at a time it raised {quote(error)}"
             if not why:
                 return Admission(True, False, "each tensor's update depends on that tensor alone")
         difference = _difference(native, _trial(inner, _whole, manner))
@@ -113,7 +113,7 @@ def admit(inner: Optimizer, *, with_loss: bool = False) -> Admission:
 
 def accepts_sparse(inner: Optimizer) -> bool:
     """Whether the rule takes sparse gradients, found by giving it some."""
-    with _undisturbed(inner):
+    with undisturbed(inner):
         try:
             _trial(inner, _native, Manner("sparse"))
         except Exception:
@@ -146,8 +146,8 @@ def _native_trial(inner: Optimizer, with_loss: bool) -> tuple[Manner, _Record]:
         try:
             return manner, _trial(inner, _native, manner)
         except Exception as error:
-            quote = _quote(error)
-            errors.extend([quote] if quote not in errors else [])
+            text = quote(error)
+            errors.extend([text] if text not in errors else [])
     raise TypeError(
         f"{type(inner).__name__} could not be tried on small FP32 tensors, so nothing shows that "
         f"it would be right on FP32 masters ({'; '.join(errors)}). Use FP32 parameters, which "
@@ -156,7 +156,7 @@ def _native_trial(inner: Optimizer, with_loss: bool) -> tuple[Manner, _Record]:
 
 
 def _trial(inner: Optimizer, step: _Step, manner: Manner) -> _Record:
-    twin, params = _twin(inner, manner)
+    twin, params = twin_of(inner, manner)
     if callable(train := getattr(twin, "train", None)):
         train()  # schedule-free rules step in no other mode; whether the real one is in it, it says
     torch.manual_seed(0)
@@ -289,7 +289,7 @@ def _difference(native: _Record, other: _Record) -> str:
 # ---------------------------------------- the twin that is tried
 
 
-def _twin(inner: Optimizer, manner: Manner) -> tuple[Optimizer, list[list[Tensor]]]:
+def twin_of(inner: Optimizer, manner: Manner) -> tuple[Optimizer, list[list[Tensor]]]:
     """A copy of `inner` at its hyperparameters over small FP32 parameters.
 
     It has no state, although `inner` may have stepped: what is tried does not depend on its age.
@@ -380,7 +380,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _undisturbed(inner: Optimizer) -> Generator[None]:
+def undisturbed(inner: Optimizer) -> Generator[None]:
     """Random state kept, and no warnings: the rule will give its own when it really runs."""
     devices = {p.device for group in inner.param_groups for p in group["params"]}
     cuda = [device for device in devices if device.type == "cuda"]
@@ -393,6 +393,7 @@ def _undisturbed(inner: Optimizer) -> Generator[None]:
         random.setstate(python_state)
 
 
-def _quote(error: Exception) -> str:
+def quote(error: Exception) -> str:
+    """The error's class and first line, short enough for a message of ours."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:120] if text else ''}"

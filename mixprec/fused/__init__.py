@@ -1,0 +1,1 @@
+"""One recorded step of an element-wise rule, run as one program."""

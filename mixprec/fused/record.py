@@ -1,0 +1,328 @@
+"""Recording one step of an optimizer's own rule as a program, and its scalars.
+
+The rule runs on a probe, a parameter of a few elements, under a dispatch mode that sees every
+tensor operation. What reaches an element of the parameter, its gradient or its states is kept as
+an operation of a `Program`; every number on the way, be it a Python float, an int or a 0-d tensor,
+is lifted into a list of scalars, in order of appearance:
+
+    torch.optim.AdamW at step 7   ->   master' = s0 * master + s6 * exp_avg' / (...)   (the program)
+                                       [0.99999, 0.1, 0.999, ..., -1.9e-3]             (the scalars)
+
+The next step is recorded again, and costs a fraction of a millisecond, because that is the only
+way to have its scalars right without knowing the rule: schedules, betas edited by hand, step counts
+and bias corrections come out of the rule's own code. Programs are equal when nothing but numbers
+changed, so a kernel made for one serves until the rule takes another branch (RAdam's warm-up).
+
+A recording never looks at values of elements, and a rule that does is refused: nothing in it would
+follow from the numbers alone. Refused are also operations that mix elements (products of matrices,
+sums, sorting, indexing), random numbers, other precisions than FP32, and per-element data kept
+outside of the parameter's state. What this cannot see, such as a number taken from the shape of the
+probe, is found by trying (`fused.admission`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mixprec.admission import Manner, twin_of
+from mixprec.fused.dispatch import NotFusible, RawOp, Recorder
+from mixprec.fused.program import GRAD, MASTER, Op, Program, is_free_name
+from mixprec.fused.sizes import NumbersOnHost, SizeRecorder
+from mixprec.inner import copy_marks, rule_of, same
+
+PROBE_SIZES = (7, 11, 2, 3, 2, 3)
+"""The probe's shape, cut to its number of dimensions: no square, and never a shape of a trial."""
+
+# Other ways to do the same: one program serves them all, and the plain loop is the one to record.
+_IMPLEMENTATIONS = ("foreach", "fused", "capturable")
+
+_NOT_VALUES = ("params", "param_names")
+
+_PLAIN_VALUES = (int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class RuleState:
+    """What a rule keeps for a parameter, without the values of its elements.
+
+    Attributes:
+        numbers: entries that are the same for all elements: step counts, flags, None.
+        elements: names of the entries that are tensors of the parameter's shape.
+    """
+
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    elements: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(entry: Mapping[str, Any], param: Tensor) -> RuleState:
+        """That of a parameter's entry in an optimizer's `state`, without its `master`.
+
+        >>> import torch
+        >>> entry = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2)}
+        >>> RuleState.of(entry, torch.zeros(2, 2))
+        RuleState(numbers={'step': tensor(3.)}, elements=('exp_avg',))
+        """
+        names = tuple(k for k, v in entry.items() if k != MASTER and _is_like(v, param))
+        numbers = {k: v for k, v in entry.items() if k != MASTER and k not in names}
+        return RuleState(numbers, names)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One step of a rule.
+
+    Attributes:
+        program: what happens to each element.
+        scalars: the numbers that it happens with, in FP64; as many as the program reads.
+        state: numbers and names of the parameter's state after the step.
+        group: values of the group that the rule changed, by key (counters such as `k`).
+        shared: entries of the optimizer's state under keys that are no parameters, if changed.
+    """
+
+    program: Program
+    scalars: tuple[float, ...]
+    state: RuleState
+    group: dict[str, Any]
+    shared: dict[Any, Any]
+
+
+def kind_of(param: Tensor) -> tuple[Any, ...]:
+    """What a rule may read of a parameter, other than its values and sizes; a hashable key."""
+    return (param.ndim, *((name, repr(value)) for name, value in sorted(vars(param).items())))
+
+
+class Probe:
+    """Records the rule of a group for parameters such as `like`, on a twin of the optimizer.
+
+    One probe serves all parameters of a group of one kind (`kind_of`), since rules may read how
+    many dimensions a parameter has and what attributes. Its sizes are for `check_size`.
+
+    The optimizer itself, its groups, its state and torch's random state are never written to. A
+    probe keeps nothing from step to step but its programs: a step begins with the group's values
+    and the parameter's `RuleState` and returns what they become, so a step that is thrown away
+    needs no undoing.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(4))
+    >>> sgd = torch.optim.SGD([weight], lr=0.1, weight_decay=0.5)
+    >>> recording = Probe(sgd, 0, weight).step(RuleState())
+    >>> print(recording.program.formula(recording.scalars))
+    master' = master + s1 * (grad + s0 * master)
+    s0 = 0.5, s1 = -0.1
+    """
+
+    def __init__(self, inner: Optimizer, index: int, like: Tensor) -> None:
+        if like.ndim == 0:
+            raise NotFusible("a parameter of no dimensions looks like the numbers of the rule")
+        self._inner, self._index = inner, index
+        self._programs: dict[Any, tuple[Program, tuple[int, ...]]] = {}
+        twin, _ = twin_of(inner, Manner("steady"))
+        sizes = (PROBE_SIZES * like.ndim)[: like.ndim]
+        self._param = nn.Parameter(torch.full(sizes, 0.5, dtype=torch.float32))
+        copy_marks(like, self._param)
+        self._group: dict[str, Any] = twin.param_groups[index]
+        twin.param_groups = [self._group]
+        self._twin: Any = twin
+        self._rule: Callable[..., Any] = rule_of(twin)
+        self._elements: dict[str, Tensor] = {}
+
+    @property
+    def programs(self) -> list[Program]:
+        """All that were recorded so far, in order of first appearance."""
+        return list(dict.fromkeys(program for program, _ in self._programs.values()))
+
+    def step(self, state: RuleState) -> Recording:
+        """One step of the rule at its group's present values, from `state`.
+
+        Raises:
+            NotFusible: if the step is not an element-wise function of parameter, gradient and
+                states with scalars known in advance.
+        """
+        return self._record(self._param, self._elements, state)
+
+    def check_size(self, sizes: Sequence[int]) -> None:
+        """Raise NotFusible unless a parameter of these sizes is stepped by the same programs.
+
+        The first two steps are recorded on a tensor that has its size and no data. A rule that
+        scales its learning rate by the fan-in, or has another way with large tensors, shows itself.
+        """
+        param = nn.Parameter(torch.empty(tuple(sizes), dtype=torch.float32, device="meta"))
+        copy_marks(self._param, param)
+        elements: dict[str, Tensor] = {}
+        state = RuleState()
+        for _ in range(2):
+            small, large = self.step(state), self._record(param, elements, state)
+            if not _agree(small, large):
+                raise NotFusible(f"its step depends on the parameter's sizes, here {list(sizes)}")
+            state = small.state
+
+    def _record(
+        self, param: nn.Parameter, elements: dict[str, Tensor], state: RuleState
+    ) -> Recording:
+        before = _taken(self._inner.param_groups[self._index])
+        attributes = _plain(self._inner)
+        self._load(param, before, attributes)
+        grad = param.grad = torch.full_like(param, 0.25, requires_grad=False)
+        for name in state.elements:
+            if name not in elements:
+                elements[name] = torch.full_like(param, 0.5, requires_grad=False)
+        kept = {name: elements[name] for name in state.elements}
+        if state.numbers or kept:
+            numbers = {name: _own(value) for name, value in state.numbers.items()}
+            self._twin.state[param] = {**numbers, **kept}
+        roots = {MASTER: param, GRAD: grad, **kept}
+        recorder = SizeRecorder(roots) if param.is_meta else Recorder(roots)
+        with recorder, NumbersOnHost() if param.is_meta else nullcontext(), torch.enable_grad():
+            self._rule(self._twin)
+        if changes := _changes(_plain(self._twin), attributes):
+            raise NotFusible(
+                f"it counts on the optimizer itself, in its attribute {next(iter(changes))!r}"
+            )
+        return self._recording(recorder, param, before)
+
+    def _load(
+        self, param: nn.Parameter, group: Mapping[str, Any], attributes: Mapping[str, Any]
+    ) -> None:
+        """Make the twin what the optimizer is now, with `param` for its only parameter."""
+        for key in [k for k in self._group if k not in group and k not in _NOT_VALUES]:
+            del self._group[key]
+        self._group.update((key, _own(value)) for key, value in group.items())
+        self._group.update((key, False) for key in _IMPLEMENTATIONS if key in group)
+        self._group["params"][:] = [param]
+        for key in _plain(self._twin).keys() - attributes.keys():
+            delattr(self._twin, key)
+        vars(self._twin).update(attributes)
+        self._twin.state = defaultdict(dict, _shared(self._inner))
+
+    def _recording(
+        self, recorder: Recorder, param: nn.Parameter, before: dict[str, Any]
+    ) -> Recording:
+        numbers: dict[str, Any] = {}
+        results = {MASTER: recorder.value_of(param)}
+        for name, value in (self._twin.state.get(param) or {}).items():
+            if (result := recorder.value_of(value)) is not None:
+                if value.dtype != torch.float32:
+                    raise NotFusible(f"state[{name!r}] is {value.dtype}, not FP32")
+                if not is_free_name(name):
+                    raise NotFusible(f"a state called {name!r} looks like a value of the program")
+                results[name] = result
+                continue
+            if recorder.holds(value):
+                raise NotFusible(f"it keeps per-element tensors inside of state[{name!r}]")
+            numbers[name] = value
+        group = _changes(self._group, before)
+        shared = _changes(self._twin.state, _shared(self._inner))
+        if key := next((k for k, v in {**group, **shared}.items() if recorder.holds(v)), None):
+            raise NotFusible(f"it keeps per-element tensors under {key!r}, outside of their state")
+        program, kept = self._program(recorder, results)
+        scalars = tuple(recorder.scalars[index] for index in kept)
+        elements = tuple(name for name in results if name != MASTER)
+        return Recording(program, scalars, RuleState(numbers, elements), group, shared)
+
+    def _program(
+        self, recorder: Recorder, results: dict[str, str | None]
+    ) -> tuple[Program, tuple[int, ...]]:
+        """The program, and which of the recorded scalars it reads; made once for each sequence."""
+        if results[MASTER] is None:
+            raise NotFusible("it gave the parameter data that does not come from the parameter")
+        key = (tuple(recorder.ops), tuple(results.items()))
+        known = self._programs.get(key)
+        if known is None:
+            outputs = {k: v for k, v in results.items() if v is not None and v != k}
+            known = self._programs[key] = _tidied(recorder.ops, outputs)
+        return known
+
+
+# ---------------------------------------- values
+
+
+def _taken(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's values, which the probe may edit, on the host."""
+    return {k: _own(v) for k, v in group.items() if k not in _NOT_VALUES}
+
+
+def _plain(optimizer: Optimizer) -> dict[str, Any]:
+    """Attributes that are numbers or strings, without those that schedulers set."""
+    return {
+        key: value
+        for key, value in vars(optimizer).items()
+        if isinstance(value, _PLAIN_VALUES) and key != "_opt_called"
+    }
+
+
+def _agree(left: Recording, right: Recording) -> bool:
+    """Whether two recordings say the same, as far as the second one has values to compare."""
+    numbers = {k: v for k, v in right.state.numbers.items() if not _is_meta(v)}
+    return (
+        left.program == right.program
+        and same(left.scalars, right.scalars)
+        and left.state.elements == right.state.elements
+        and same({k: left.state.numbers.get(k) for k in numbers}, numbers)
+        and same((left.group, left.shared), (right.group, right.shared))
+    )
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _shared(optimizer: Optimizer) -> dict[Any, Any]:
+    """What a rule keeps in its state under keys that are no parameters."""
+    state = cast(dict[Any, Any], optimizer.state)
+    return {key: _own(value) for key, value in state.items() if not isinstance(key, Tensor)}
+
+
+def _changes(values: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What a step made of counters and the like, where it is not what it was."""
+    others = (*_NOT_VALUES, *_IMPLEMENTATIONS)
+    named = {k: v for k, v in values.items() if not isinstance(k, Tensor) and k not in others}
+    return {key: value for key, value in named.items() if not same(value, before.get(key))}
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    return copy.deepcopy(value) if isinstance(value, (dict, list, deque)) else value
+
+
+def _is_like(value: Any, param: Tensor) -> bool:
+    like = isinstance(value, Tensor) and value.shape == param.shape and param.ndim > 0
+    return like and value.is_floating_point()
+
+
+def _tidied(raw: list[RawOp], outputs: dict[str, str]) -> tuple[Program, tuple[int, ...]]:
+    """The program without what no output depends on, named afresh, and the scalars it keeps."""
+    needed = set(outputs.values())
+    live: list[RawOp] = []
+    for op in reversed(raw):
+        if op[2] in needed:
+            needed.update(op[1])
+            live.append(op)
+    live.reverse()
+    names: dict[str, str] = {}
+    made = {output for _, _, output in live}
+    for name, value in outputs.items():
+        if value in made:
+            names.setdefault(value, f"{name}'")
+    scalars: list[str] = []
+    temporaries = 0
+    ops: list[Op] = []
+    for name, inputs, output in live:
+        for scalar in (i for i in inputs if i[0] == "#"):
+            names[scalar] = f"s{len(scalars)}"
+            scalars.append(scalar)
+        if output not in names:
+            names[output] = f"t{temporaries}"
+            temporaries += 1
+        ops.append(Op(name, tuple(names.get(i, i) for i in inputs), names[output]))
+    results = tuple((name, names.get(value, value)) for name, value in outputs.items())
+    return Program(tuple(ops), results, len(scalars)), tuple(int(s[1:]) for s in scalars)
