@@ -23,6 +23,7 @@ from mixprec import checkpoint, fp32_weights
 from mixprec.admission import admit
 from mixprec.arguments import check_options, check_parameters
 from mixprec.explain import explain
+from mixprec.fused.admission import admit_fused
 from mixprec.masters import MASTER, MasterStore
 from mixprec.names import names_of
 from mixprec.run import make_state
@@ -413,8 +414,21 @@ class MixedPrecision(SteppingOptimizer):
             metrics["loss_scale"] = self.loss_scaler.get_scale()
         return metrics
 
-    def explain(self) -> str:
-        """How the rule runs and why, and what each group's masters cost."""
+    def explain(self, *, formula: bool = False) -> str:
+        """How the rule runs and why, and what each group's masters cost.
+
+        With `formula`, also what the rule computes for each element, read off its own code by
+        recording a step: a prime marks new values, s0, s1, ... are numbers that follow from the
+        group and the step. Or the reason why it is no formula by element.
+
+        >>> import torch
+        >>> import mixprec
+        >>> weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        >>> inner = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> print(mixprec.MixedPrecision(inner).explain(formula=True).partition("computes\\n")[2])
+            momentum_buffer' = momentum_buffer * s0 + grad
+            master' = master + s1 * momentum_buffer'
+        """
         admission = self._admission
         if admission is None and any(map(self._store.has, self._params())):
             admission = admit(self.inner)
@@ -424,6 +438,8 @@ class MixedPrecision(SteppingOptimizer):
             details.append(f"gradients clipped to norm {self.max_grad_norm} in FP32")
         if self.loss_scaler is not None:
             details.append(f"loss scaled by {type(self.loss_scaler).__name__}")
+        if formula:
+            details += _formulas(self.inner)
         return explain(
             type(self.inner).__name__,
             self.param_groups,
@@ -451,6 +467,18 @@ class MixedPrecision(SteppingOptimizer):
             if owner is not None and owner is not self:
                 owner._superseded_by = name
             _owners[param] = weakref.ref(self)
+
+
+def _formulas(inner: Optimizer) -> Iterator[str]:
+    """What each group's rule computes by element, in a step after its first ones."""
+    for index, group in enumerate(inner.param_groups):
+        if group["params"]:
+            found = admit_fused(inner, index)
+            if found.fusible:
+                lines = str(found.programs[-1]).splitlines()
+                yield "\n    ".join([f"param_groups[{index}] computes", *lines])
+            else:
+                yield f"param_groups[{index}] has no formula: {found.reason}"
 
 
 def _is_picklable(name: str) -> bool:

@@ -1126,6 +1126,16 @@ def test_explain_says_how_the_rule_runs_and_why() -> None:
     assert "the rule runs as it is" in mixprec.MixedPrecision(SGD([params[-1]], lr=1.0)).explain()
 
 
+def test_explain_prints_the_rule_as_a_formula_or_why_it_is_none() -> None:
+    params = parameters(torch.bfloat16)
+    sgd = SGD([{"params": params[:1]}, {"params": []}, {"params": params[1:2]}], lr=0.1)
+    text = mixprec.MixedPrecision(sgd).explain(formula=True)
+    assert "param_groups[0] computes\n    master' = master + s0 * grad" in text
+    assert "param_groups[1]" not in text and "param_groups[2] computes" in text
+    text = mixprec.MixedPrecision(torch.optim.Adafactor(params[3:4])).explain(formula=True)
+    assert "param_groups[0] has no formula: torch.linalg_vector_norm is not element-wise" in text
+
+
 def test_metrics_are_floats() -> None:
     scaler = mixprec.DynamicLossScaler(init_scale=4.0)
     weight = nn.Parameter(torch.zeros(2, dtype=torch.float16))
