@@ -13,10 +13,9 @@ A rule that evaluates its closure itself (LBFGS) goes through 2 to 4 at each eva
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any, Literal, Protocol
 
 import torch
@@ -356,7 +355,7 @@ class SteppingOptimizer(Optimizer):
 
     def _step_by_closure(
         self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
-    ) -> float:
+    ) -> float | None:
         """A step of a rule that calls the closure itself, perhaps several times (LBFGS)."""
         if closure is None:
             raise TypeError(
@@ -369,20 +368,23 @@ class SteppingOptimizer(Optimizer):
             run = MasterRun(self.inner, self.state, self._store, everything, Scratch())
         self._hand_over_early_gradients(run, grad_factor)
         verdicts: list[Verdict] = []
+        losses: list[float] = []
 
         def evaluate() -> float:
             with run.in_model() if run else nullcontext(), torch.no_grad():
-                loss = self._evaluate(closure)
+                losses.append(self._evaluate(closure))
                 verdicts.append(self._judge(grad_factor, host=True))
                 self._refuse_late_overflow(verdicts)
                 self._scale_fp32_grads(verdicts[-1].factor)
                 if run:
                     run.take_grads(verdicts[-1].factor)
-            return loss
+            return losses[-1]
 
-        loss = math.nan
-        with run or nullcontext(), suppress(_Skipped), torch.enable_grad():
-            loss = rule_of(self.inner)(self.inner, evaluate)
+        try:
+            with run or nullcontext(), torch.enable_grad():
+                loss = rule_of(self.inner)(self.inner, evaluate)
+        except _Skipped:
+            loss = losses[0]
         self._warn_of_edits()
         self._conclude(verdicts[-1] if verdicts else no_gradients())
         return loss

@@ -584,8 +584,8 @@ def test_lbfgs_skips_a_first_evaluation_that_overflows_and_refuses_a_later_one()
         return torch.tensor(float(evaluations))
 
     with pytest.warns(RuntimeWarning, match="the step was skipped"):
-        optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    assert weight.tolist() == [1.0, 1.0] and evaluations == 1
+        loss = optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert weight.tolist() == [1.0, 1.0] and evaluations == 1 == loss
     evaluations, bad = 0, 2
     with pytest.raises(FloatingPointError, match=r"evaluation 2 of the closure.* in w"):
         optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
