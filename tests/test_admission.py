@@ -226,6 +226,25 @@ class SavesACounter(Rule):
         self.age = state_dict["age"]
 
 
+class LooksItselfUp(Rule):
+    """Keeps no state until it is told to, then makes it for parameters that have no entry."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group, p, grad in self.stepped():
+            p.sub_(grad * group["lr"])
+            if group.get("anchored"):
+                if p not in self.state:
+                    self.state[p] = {"anchor": p.detach().clone()}
+                p.lerp_(self.state[p]["anchor"], 0.01)
+
+
+class RefusesToLoad(SavesACounter):
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        raise KeyError("age")
+
+
 class CannotRun(Rule):
     def step(self, closure: Any = None) -> Any:
         raise NotImplementedError("updates happen in backward")
@@ -468,3 +487,24 @@ def test_what_a_rule_saves_beside_its_state_comes_back() -> None:
     step_with(other, other_params, 3)
     ours, theirs = ([m for _, m in each.masters()] for each in (optimizer, other))
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+
+def test_rule_that_looks_itself_up_in_the_state_finds_no_empty_entry() -> None:
+    params = low()
+    optimizer = mixprec.MixedPrecision(LooksItselfUp(params))
+    step_with(optimizer, params)
+    assert all({"master"} == set(optimizer.state[p]) for p in params)
+    optimizer.param_groups[0]["anchored"] = True
+    step_with(optimizer, params, 1)
+    assert all({"anchor", "master"} == set(optimizer.state[p]) for p in params)
+
+
+def test_load_that_the_rule_itself_refuses_changes_nothing() -> None:
+    params = low()
+    optimizer = mixprec.MixedPrecision(RefusesToLoad(params))
+    step_with(optimizer, params)
+    state, groups = optimizer.state, optimizer.param_groups
+    with pytest.raises(KeyError, match="age"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.inner.state is state and optimizer.inner.param_groups is groups
+    step_with(optimizer, params, 1)

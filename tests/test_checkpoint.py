@@ -354,3 +354,13 @@ def test_fp32_weights_loaded_first_keep_their_bits_beside_a_plain_checkpoint() -
     resumed.param_groups[0]["lr"] = 0.0
     train(resumed, resumed_model, range(1))
     assert_same(masters_of(resumed), [p.detach() for p in plain.parameters()])
+
+
+def test_masters_of_a_checkpoint_replace_fp32_weights_that_were_loaded_before() -> None:
+    model, optimizer = made()
+    resumed_model, resumed = made(steps=0)
+    resumed.load_fp32_state_dict(resumed_model, network(torch.float32).state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed_model.load_state_dict(model.state_dict())
+    assert_same(masters_of(resumed), masters_of(optimizer))
+    assert not resumed._store.early
