@@ -17,14 +17,11 @@ inputs, with N tokens of which a chunk has C, width d and V classes, in bytes:
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peak_bytes import peak_bytes
 from torch import Tensor
 
 from mixprec.cross_entropy import linear_cross_entropy
@@ -75,24 +72,6 @@ def held(loss: Loss) -> int:
         result = loss(*tensors)
     del result
     return sum(sizes.values())
-
-
-def peak_bytes(work: Callable[[], Any]) -> int:
-    """The most bytes that `work` holds on top of what it started with."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        work()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    now = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            now += event["args"]["Bytes"]
-            peak = max(peak, now)
-    return peak
 
 
 def report(label: str, loss: Loss, predicted: int | None) -> None:

@@ -10,12 +10,8 @@ largest bucket, which is the largest tensor if that exceeds `bucket_numel`.
 
 from __future__ import annotations
 
-import json
-import tempfile
-from pathlib import Path
-from typing import Any
-
 import torch
+from peak_bytes import peak_bytes
 from torch import Tensor
 from wrapper_overhead import parameters, shapes
 
@@ -31,29 +27,11 @@ def resident(optimizer: mixprec.MixedPrecision) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def transient(optimizer: mixprec.MixedPrecision) -> int:
-    """The most bytes that one step holds on top of what it started with."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        optimizer.step()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events: list[dict[str, Any]] = json.loads(path.read_text())["traceEvents"]
-    held = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            held += event["args"]["Bytes"]
-            peak = max(peak, held)
-    return peak
-
-
 def report(label: str, optimizer: mixprec.MixedPrecision, scratch: int) -> None:
     for _ in range(2):
         optimizer.step()
     numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    held, passing = resident(optimizer), transient(optimizer)
+    held, passing = resident(optimizer), peak_bytes(optimizer.step)
     print(
         f"{label:28s} resident {held / numel:6.3f} B/param, transient {passing / 2**20:6.2f} MiB, "
         f"scratch by the formula {scratch / 2**20:6.2f} MiB"
