@@ -126,9 +126,15 @@ class MasterStore:
         full = param.dtype == torch.float16 or self.choice == "full" or self.whole
         return "full" if full else "split"
 
+    def origin(self, state: dict[Tensor, Any], param: Tensor) -> Literal["state", "early", "new"]:
+        """Where the parameter's master is; "new" if there is none yet."""
+        if MASTER in state.get(param, ()):
+            return "state"
+        return "early" if param in self.early else "new"
+
     def known(self, state: dict[Tensor, Any], param: Tensor) -> bool:
         """Whether the parameter has a master that may differ from it."""
-        return MASTER in state.get(param, ()) or param in self.early
+        return self.origin(state, param) != "new"
 
     def take(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
         """Remove from `state` what is stored for the master, brought up to date with the weight."""

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,8 @@ class _Item:
     stored: Tensor
     stand_in: Tensor
     split: bool
-    new: bool
-    """Whether the master was made in this run."""
+    origin: Literal["state", "early", "new"]
+    """Where the master was before this run; a new one equals its weight."""
 
 
 class MasterRun:
@@ -56,9 +56,14 @@ class MasterRun:
         self._state, self._store, self._scratch = state, store, scratch
         self._reserve(param for group in bucket.values() for param in group)
         self._items: list[_Item] = []
-        pairs = {i: [(p, self._stand_in(p)) for p in group] for i, group in bucket.items()}
+        try:
+            pairs = {i: [(p, self._stand_in(p)) for p in group] for i, group in bucket.items()}
+        except BaseException:  # out of memory, most likely: no master may be lost to it
+            self._put_back(failed=True)
+            raise
         self._swap = StandIns(inner, pairs, shared)
 
+    @torch.no_grad()
     def take_grads(self, factor: Tensor | None) -> None:
         """Give each stand-in its parameter's gradient in FP32, times `factor` if it was 16-bit."""
         rooms: list[Tensor] = []
@@ -103,11 +108,15 @@ class MasterRun:
         self._swap.leave()
         if error is None:
             self._write(last=True)
+        self._put_back(failed=error is not None)
+
+    def _put_back(self, *, failed: bool) -> None:
+        """Return every master to the state; after a failure, to where it was."""
         for item in self._items:
             item.stand_in.grad = None
-            if error is None or self._state.get(item.param):
+            if not failed or self._state.get(item.param) or item.origin == "state":
                 self._store.put(self._state, item.param, item.stored)
-            elif not item.new:  # the rule made no state for it
+            elif item.origin == "early":
                 self._store.early[item.param] = masters.read(item.param, item.stored)
 
     def _reserve(self, params: Iterable[Tensor]) -> None:
@@ -126,16 +135,17 @@ class MasterRun:
         """The parameter's master as a parameter; the parameter itself if it needs none."""
         if not self._store.has(param):
             return param
-        new = not self._store.known(self._state, param)
+        origin = self._store.origin(self._state, param)
         stored = self._store.take(self._state, param)
-        master, split = stored, stored.dtype == torch.int16
-        if split:
+        item = _Item(param, stored, stored, stored.dtype == torch.int16, origin)
+        self._items.append(item)
+        master = stored
+        if item.split:
             room, spare = self._scratch.take(param, "master"), self._scratch.take(param, "grad")
             master = masters.read(param, stored, room, spare)
-        stand_in = nn.Parameter(master, param.requires_grad)
-        copy_marks(param, stand_in)
-        self._items.append(_Item(param, stored, stand_in, split, new))
-        return stand_in
+        item.stand_in = nn.Parameter(master, param.requires_grad)
+        copy_marks(param, item.stand_in)
+        return item.stand_in
 
     def _write(self, *, last: bool) -> None:
         """Round every stand-in into its parameter."""

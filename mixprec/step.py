@@ -288,8 +288,8 @@ class SteppingOptimizer(Optimizer):
         values = GroupValues(self.param_groups) if len(buckets) > 1 else None
         for bucket in buckets:
             run = MasterRun(self.inner, self.state, self._store, bucket, scratch, shared)
-            run.take_grads(factor)
             with run, values.bucket(bucket) if values else nullcontext(), torch.enable_grad():
+                run.take_grads(factor)
                 call()
         self._warn_of_edits()
 
@@ -363,10 +363,10 @@ class SteppingOptimizer(Optimizer):
                 f"clears gradients, computes the loss, calls backward and returns the loss."
             )
         run: MasterRun | None = None
+        early = self._early_verdict(grad_factor)
         if self._admission is not None:
             everything = dict(enumerate(g["params"] for g in self.param_groups))
             run = MasterRun(self.inner, self.state, self._store, everything, Scratch())
-        self._hand_over_early_gradients(run, grad_factor)
         verdicts: list[Verdict] = []
         losses: list[float] = []
 
@@ -382,6 +382,8 @@ class SteppingOptimizer(Optimizer):
 
         try:
             with run or nullcontext(), torch.enable_grad():
+                if run and early:
+                    run.take_grads(early.factor)
                 loss = rule_of(self.inner)(self.inner, evaluate)
         except _Skipped:
             loss = losses[0]
@@ -389,13 +391,11 @@ class SteppingOptimizer(Optimizer):
         self._conclude(verdicts[-1] if verdicts else no_gradients())
         return loss
 
-    def _hand_over_early_gradients(
-        self, run: MasterRun | None, grad_factor: Tensor | float | None
-    ) -> None:
-        """Gradients from before the closure's first call, which some rules (SAM) begin with."""
+    def _early_verdict(self, grad_factor: Tensor | float | None) -> Verdict | None:
+        """On gradients from before the closure's first call, which some rules (SAM) begin with."""
         scaler = self.loss_scaler
-        if run and (scaler is None or scaler.losses_scaled != self._losses_seen):
-            run.take_grads(self._judge(grad_factor, host=True).factor)
+        carried = scaler is None or scaler.losses_scaled != self._losses_seen
+        return self._judge(grad_factor, host=True) if self._admission and carried else None
 
     def _refuse_late_overflow(self, verdicts: list[Verdict]) -> None:
         """An evaluation with nothing to step on ends the step if it is the first, else the run."""

@@ -717,6 +717,29 @@ def test_tensor_learning_rate_is_followed_and_keeps_its_identity() -> None:
     assert_same(masters_of(optimizer), before)
 
 
+@pytest.mark.parametrize(("dtype", "masters"), STORAGES)
+@pytest.mark.parametrize("what", ["mixprec.run.nn.Parameter", "torch._foreach_copy_"])
+def test_running_out_of_memory_in_a_step_loses_no_master(
+    dtype: torch.dtype, masters: Masters, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a rule with state of its own and for one whose masters are all there is."""
+    for momentum in (0.0, 0.9):
+        params = parameters(dtype)
+        inner = SGD(params, lr=0.01, momentum=momentum)
+        optimizer = mixprec.MixedPrecision(inner, masters=masters, bucket_numel=64)
+        train(optimizer, params, range(2))
+        before = everything(optimizer)
+        with monkeypatch.context() as context, pytest.raises(MemoryError):
+            context.setattr(what, fails)
+            train(optimizer, params, range(2, 3))
+        assert_same(everything(optimizer), before)
+        train(optimizer, params, range(2, 3))
+
+
+def fails(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
 # ---------------------------------------- edits from outside
 
 
