@@ -65,8 +65,8 @@ def gelu(
 
     >>> import torch
     >>> from mixprec import umup
-    >>> round(umup.functional.gelu(torch.randn(10000)).std().item(), 1)
-    1.0
+    >>> abs(umup.functional.gelu(torch.randn(10000)).std().item() - 1) < 0.1
+    True
     """
     place = 1 / (1 + 0.25 / _positive(multiplier) ** 2)
     forward = interpolate(place, 2, _RELU)
@@ -86,8 +86,8 @@ def silu(
 
     >>> import torch
     >>> from mixprec import umup
-    >>> round(umup.functional.silu(torch.randn(10000)).std().item(), 1)
-    1.0
+    >>> abs(umup.functional.silu(torch.randn(10000)).std().item() - 1) < 0.1
+    True
     """
     place = 1 / (1 + 1 / _positive(multiplier) ** 2)
     forward = interpolate(place, 2, _RELU)

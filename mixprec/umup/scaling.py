@@ -32,11 +32,11 @@ Constraint = Literal[
 ]
 
 
-def scale_fwd(x: Tensor, multiplier: float) -> Tensor:
+def scale_fwd(x: Tensor, multiplier: float | Tensor) -> Tensor:
     """`multiplier * x`, whose gradient passes as if there were no multiplier.
 
-    Any shape and floating dtype; the product is rounded once. Nothing is saved for the backward
-    pass.
+    Any shape and floating dtype; the product is rounded once. The multiplier may be a 0-d tensor,
+    which gets no gradient. Nothing is saved for the backward pass.
 
     >>> import torch
     >>> from mixprec import umup
@@ -63,7 +63,7 @@ def scale_bwd(x: Tensor, multiplier: float) -> Tensor:
     return _apply(_ScaleBackward, x, multiplier)
 
 
-def _apply(function: type[Function], x: Tensor, multiplier: float) -> Tensor:
+def _apply(function: type[Function], x: Tensor, multiplier: float | Tensor) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(
             f"x is {x.dtype}, which has no gradient to scale; give it a floating-point tensor"
@@ -78,7 +78,7 @@ class _ScaleForward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, multiplier: float) -> Tensor:
+    def forward(x: Tensor, multiplier: float | Tensor) -> Tensor:
         return x * multiplier
 
     @staticmethod

@@ -1,0 +1,462 @@
+"""Losses: plain values, gradients of RMS 1, and padding that is not counted."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixprec import umup
+from mixprec.umup import functional as U
+from mixprec.umup import losses
+
+DECILES = [q / 10 for q in range(1, 10)]
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def classes(*shape: int, vocab: int = 64) -> Tensor:
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(5))
+
+
+def rms(tensor: Tensor | None) -> float:
+    assert tensor is not None
+    return tensor.detach().double().square().mean().sqrt().item()
+
+
+def grad_rms(loss: Callable[[Tensor], Tensor], prediction: Tensor) -> float:
+    leaf = prediction.clone().requires_grad_()
+    loss(leaf).sum().backward()
+    return rms(leaf.grad)
+
+
+# ------------------------------------------------------------------ unit scale
+
+
+N, D = 4096, 16
+FRESH, NORMAL = torch.zeros(N, D), normal(N, D)
+TARGET, BINARY = normal(N, D, seed=1), (normal(N, D, seed=1) > 0).float()
+TOKENS = classes(N)
+# name: unit loss, plain loss, predictions
+UNIT: dict[str, tuple[Callable[..., Any], Callable[..., Any], Tensor]] = {
+    "cross_entropy": (
+        lambda z: losses.cross_entropy(z, TOKENS),
+        lambda z: F.cross_entropy(z, TOKENS, reduction="sum"),
+        torch.zeros(N, 64),
+    ),
+    "cross_entropy, smoothed": (
+        lambda z: losses.cross_entropy(z, TOKENS, label_smoothing=0.5),
+        lambda z: F.cross_entropy(z, TOKENS, reduction="sum", label_smoothing=0.5),
+        torch.zeros(N, 64),
+    ),
+    "mse": (
+        lambda y: losses.mse_loss(y, TARGET),
+        lambda y: F.mse_loss(y, TARGET, reduction="sum"),
+        FRESH,
+    ),
+    "mse of unit predictions": (
+        lambda y: losses.mse_loss(y, TARGET, residual_std=2**0.5),
+        lambda y: losses.mse_loss(y, TARGET),
+        NORMAL,
+    ),
+    "l1": (lambda y: losses.l1_loss(y, TARGET), lambda y: F.l1_loss(y, TARGET), FRESH),
+    "huber": (
+        lambda y: losses.huber_loss(y, TARGET, delta=0.5),
+        lambda y: F.huber_loss(y, TARGET, delta=0.5, reduction="sum"),
+        FRESH,
+    ),
+    "huber of unit predictions": (
+        lambda y: losses.huber_loss(y, TARGET, delta=2.0, residual_std=2**0.5),
+        lambda y: F.huber_loss(y, TARGET, delta=2.0),
+        NORMAL,
+    ),
+    "smooth_l1": (
+        lambda y: losses.smooth_l1_loss(y, TARGET, beta=0.5),
+        lambda y: F.smooth_l1_loss(y, TARGET, beta=0.5),
+        FRESH,
+    ),
+    "binary_cross_entropy": (
+        lambda z: losses.binary_cross_entropy_with_logits(z, BINARY),
+        lambda z: F.binary_cross_entropy_with_logits(z, BINARY, reduction="sum"),
+        FRESH,
+    ),
+    "kl_div": (
+        lambda z: losses.kl_div(z, normal(1024, 512, seed=1)),
+        lambda z: F.kl_div(
+            z.log_softmax(-1), normal(1024, 512, seed=1).softmax(-1), reduction="sum"
+        ),
+        torch.zeros(1024, 512),
+    ),
+    "pinball": (
+        lambda y: losses.pinball(y, TARGET, DECILES),
+        lambda y: torch.maximum(0.1 * y, -0.9 * y),
+        torch.zeros(N, D, 9),
+    ),
+    "pinball of quantiles": (
+        lambda y: losses.pinball(y, TARGET, DECILES, centered=True),
+        lambda y: losses.pinball(y, TARGET, DECILES),
+        losses.quantile_bias(DECILES).expand(N, D, 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNIT)
+def test_gradients_begin_at_rms_1_and_plain_ones_do_not(name: str) -> None:
+    unit, plain, prediction = UNIT[name]
+    assert abs(grad_rms(unit, prediction) - 1) < 0.02  # 65536 elements
+    assert abs(grad_rms(plain, prediction) - 1) > 0.1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_values_are_those_of_torch(reduction: Any) -> None:
+    target = TARGET.where(TARGET > 0, 0)
+    pairs: list[tuple[Any, Any]] = [
+        (losses.mse_loss, F.mse_loss),
+        (losses.l1_loss, F.l1_loss),
+        (partial(losses.huber_loss, delta=0.7), partial(F.huber_loss, delta=0.7)),
+        (partial(losses.smooth_l1_loss, beta=0.7), partial(F.smooth_l1_loss, beta=0.7)),
+    ]
+    for ours, theirs in pairs:
+        args = NORMAL, target
+        torch.testing.assert_close(
+            ours(*args, reduction=reduction), theirs(*args, reduction=reduction)
+        )
+    ours = losses.binary_cross_entropy_with_logits(NORMAL, BINARY, reduction=reduction)
+    theirs = F.binary_cross_entropy_with_logits(NORMAL, BINARY, reduction=reduction)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_is_torchs_with_padding_weights_smoothing_and_more_axes(
+    reduction: Any, weighted: bool
+) -> None:
+    targets = classes(8, 5, vocab=7)
+    targets[2], targets[3, 1] = -100, -100
+    logits = normal(8, 7, 5)
+    weight = normal(7, seed=3).abs() if weighted else None
+    options: Any = {"weight": weight, "label_smoothing": 0.1, "reduction": reduction}
+    if weighted and reduction == "mean":
+        options["label_smoothing"] = 0.0
+    ours = losses.cross_entropy(logits, targets, **options)
+    torch.testing.assert_close(ours, F.cross_entropy(logits, targets, **options))
+
+
+def test_padding_has_no_gradient_and_leaves_real_rows_at_unit_scale() -> None:
+    targets = TOKENS.clone()
+    targets[1024:] = -100
+    logits = torch.zeros(N, 64, requires_grad=True)
+    losses.cross_entropy(logits, targets).backward()
+    assert logits.grad is not None
+    assert logits.grad[1024:].count_nonzero() == 0
+    assert rms(logits.grad[:1024]) == pytest.approx(1, abs=1e-5)
+
+
+def test_nothing_but_padding_is_nan_as_in_torch_with_a_gradient_of_zero() -> None:
+    logits = torch.zeros(3, 4, requires_grad=True)
+    loss = losses.cross_entropy(logits, torch.full((3,), -100))
+    assert loss.isnan()
+    total, count = losses.linear_cross_entropy(
+        normal(3, 8), normal(4, 8).requires_grad_(), torch.full((3,), -100)
+    )
+    assert (total.item(), count.item()) == (0.0, 0)
+    assert losses.mse_loss(torch.zeros(0), torch.zeros(0)).isnan()
+
+
+# ------------------------------------------------------------------ without logits
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 3.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_linear_cross_entropy_equals_a_readout_and_its_loss(
+    multiplier: float, smoothing: float
+) -> None:
+    wide = torch.float64
+    targets = classes(4, 32)
+    targets[1, 5:] = -100
+    grads: list[list[Tensor | None]] = []
+    values: list[Tensor] = []
+    for fused in (True, False):
+        hidden, weight, bias = (
+            normal(*shape, seed=i, dtype=wide).requires_grad_()
+            for i, shape in enumerate(((4, 32, 24), (64, 24), (64,)))
+        )
+        if fused:
+            loss, count = losses.linear_cross_entropy(
+                hidden, weight, targets, bias=bias, multiplier=multiplier, label_smoothing=smoothing
+            )
+            assert count == (targets != -100).sum()
+        else:
+            logits = U.linear_readout(hidden, weight, bias).flatten(0, 1)
+            loss = losses.cross_entropy(
+                logits,
+                targets.flatten(),
+                multiplier=multiplier,
+                label_smoothing=smoothing,
+                reduction="sum",
+            )
+        loss.backward()
+        values.append(loss.detach())
+        grads.append([hidden.grad, weight.grad, bias.grad])
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*grads)
+
+
+def test_linear_cross_entropy_has_unit_gradients_of_hidden_states_and_padding_none() -> None:
+    hidden, weight = normal(1024, 64).requires_grad_(), normal(256, 64, seed=1).requires_grad_()
+    targets = classes(1024, vocab=256)
+    targets[512:] = -100
+    losses.linear_cross_entropy(hidden, weight, targets)[0].backward()
+    assert hidden.grad is not None and weight.grad is not None
+    assert abs(rms(hidden.grad[:512]) - 1) < 0.05
+    assert hidden.grad[512:].count_nonzero() == 0
+    assert abs(rms(weight.grad) / 512**0.5 - 1) < 0.05
+
+
+def test_linear_cross_entropy_in_bf16_errs_no_more_than_logits_in_bf16() -> None:
+    targets = classes(512, vocab=128)
+    shapes = ((512, 96), (128, 96))  # 1 / 96 is no power of two: hidden / width is rounded
+
+    def gradients(call: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [
+            normal(*s, seed=i).bfloat16().to(dtype).requires_grad_() for i, s in enumerate(shapes)
+        ]
+        return [g.double() for g in torch.autograd.grad(call(*leaves), leaves)]
+
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        return losses.linear_cross_entropy(hidden, weight, targets)[0]
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = U.linear_readout(hidden, weight)
+        return losses.cross_entropy(logits.float(), targets, reduction="sum")
+
+    exact = gradients(plain, torch.float64)
+    ours, theirs = gradients(fused, torch.bfloat16), gradients(plain, torch.bfloat16)
+    found, other = (
+        [float((g - e).norm()) for g, e in zip(grads, exact, strict=True)]
+        for grads in (ours, theirs)
+    )
+    # Hidden states' gradients are rounded three times, by the product, the loss's and their own
+    # multiplier, and those of logits once: 3^1/2 at most. The weight's sums are in FP32 till then.
+    assert found[0] < 3**0.5 * other[0]
+    assert found[1] < 1.1 * other[1]
+
+
+# ------------------------------------------------------------------ quantiles
+
+
+@pytest.mark.parametrize(
+    ("quantiles", "factor"),
+    [([0.5], 2.0), ([0.1, 0.5, 0.9], 1.674), (DECILES, 1.777), ([0.9, 0.95, 0.99], 1.489)],
+)
+def test_the_shared_factor_of_pinball(quantiles: list[float], factor: float) -> None:
+    prediction = torch.zeros(1, len(quantiles), requires_grad=True)
+    losses.pinball(prediction, torch.ones(1), quantiles, reduction="sum").backward()
+    assert prediction.grad is not None
+    found = -prediction.grad[0] / torch.tensor(quantiles)
+    torch.testing.assert_close(found, torch.full_like(found, factor), rtol=1e-3, atol=0)
+
+
+def test_each_quantile_has_rms_1_where_asked() -> None:
+    start = losses.quantile_bias(DECILES)
+    for centered, begin in ((False, torch.zeros(9)), (True, start)):
+        prediction = begin.expand(N, D, 9).clone().requires_grad_()
+        losses.pinball(prediction, TARGET, DECILES, centered=centered, per_quantile=True).backward()
+        assert prediction.grad is not None
+        columns = prediction.grad.square().mean((0, 1)).sqrt()
+        torch.testing.assert_close(columns, torch.ones(9), rtol=0.03, atol=0)
+
+
+def test_pinball_is_its_equation_for_a_tensor_of_quantiles_and_any_shape() -> None:
+    qs = torch.tensor([0.2, 0.7])
+    prediction, target = normal(3, 5, 2), normal(3, 5, seed=1)
+    u = target[..., None] - prediction
+    wanted = torch.where(u > 0, qs * u, (qs - 1) * u)
+    torch.testing.assert_close(losses.pinball(prediction, target, qs, reduction="none"), wanted)
+    torch.testing.assert_close(losses.pinball(prediction, target, qs), wanted.mean())
+    one = losses.pinball(torch.zeros(2), torch.tensor(1.0), qs)
+    torch.testing.assert_close(one, torch.tensor(0.45))
+
+
+def quantile_head(centered: bool) -> tuple[float, float]:
+    """RMS of the logits' gradients, and of the readout's bias gradient at the optimizer."""
+    layer = umup.layers.LinearReadout(64, D * 9)
+    with torch.no_grad():
+        layer.weight.normal_(generator=torch.Generator().manual_seed(2))
+        if centered:
+            layer.bias.copy_(losses.quantile_bias(DECILES).repeat(D))
+    y = layer(normal(N, 64)).unflatten(-1, (D, 9))
+    y.retain_grad()
+    losses.pinball(y, TARGET, DECILES, centered=centered).backward()
+    return rms(y.grad), rms(layer.bias.grad) / N**0.5
+
+
+def test_deciles_that_begin_at_their_quantiles_leave_the_bias_near_1_and_others_do_not() -> None:
+    pooled, bias = quantile_head(centered=True)
+    assert abs(pooled - 1) <= 0.02 and bias <= 1.2
+    pooled, bias = quantile_head(centered=False)
+    assert abs(pooled - 1) <= 0.02 and bias > 20  # the batch agrees: N^1/2 |1/2 - q|
+
+
+def test_quantiles_of_a_sample() -> None:
+    found = losses.quantile_bias([0.25, 0.5], torch.arange(101.0))
+    torch.testing.assert_close(found, torch.tensor([25.0, 50.0]))
+
+
+# ------------------------------------------------------------------ any loss
+
+
+def cubic(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).abs() ** 3
+
+
+def test_any_loss_is_calibrated_once_and_frozen() -> None:
+    loss = umup.unit_loss(cubic)
+    assert abs(grad_rms(lambda y: loss(y, TARGET), FRESH) - 1) < 1e-5
+    assert loss.report is not None
+    assert loss.report.rms == pytest.approx(3 * 3**0.5, rel=0.03)  # E[(3 u^2)^2] = 27
+    frozen = loss.grad_multiplier
+    loss(FRESH, 100 * TARGET)
+    assert loss.grad_multiplier == frozen
+    torch.testing.assert_close(loss(FRESH, TARGET), cubic(FRESH, TARGET).sum())
+    summed = umup.unit_loss(lambda y, t: cubic(y, t).sum())
+    summed.calibrate(FRESH, TARGET)
+    assert summed.grad_multiplier == frozen
+
+
+@pytest.mark.parametrize(
+    ("fn", "target", "factor"),
+    [
+        (F.mse_loss, TARGET, 0.5),
+        (F.l1_loss, TARGET, 1.0),
+        (F.binary_cross_entropy_with_logits, BINARY, 2.0),
+        (F.cross_entropy, classes(N, vocab=D), D / (D - 1) ** 0.5),
+    ],
+)
+def test_torchs_losses_have_closed_forms_and_are_summed(
+    fn: Any, target: Tensor, factor: float
+) -> None:
+    loss = umup.unit_loss(fn)
+    torch.testing.assert_close(loss(FRESH, target), fn(FRESH, target, reduction="sum"))
+    assert loss.grad_multiplier == factor and loss.report is None
+
+
+def test_a_loss_with_options_of_its_own_is_measured() -> None:
+    loss = umup.unit_loss(F.huber_loss)
+    value = loss(FRESH, TARGET, reduction="sum", delta=0.5)
+    torch.testing.assert_close(value, F.huber_loss(FRESH, TARGET, reduction="sum", delta=0.5))
+    assert loss.grad_multiplier == pytest.approx(1 / losses.huber_rms(0.5, 1.0), rel=0.02)
+
+
+def test_the_report_shows_when_a_batch_agrees() -> None:
+    def pinball90(prediction: Tensor, target: Tensor) -> Tensor:
+        u = target - prediction
+        return torch.maximum(0.9 * u, -0.1 * u)
+
+    loss = umup.unit_loss(pinball90)
+    agreed = loss.calibrate(FRESH, TARGET)
+    assert agreed.bias_grad > 30 and "predictions all move one way" in str(agreed)
+    begun = losses.quantile_bias([0.9]).expand(N, D)
+    fine = loss.calibrate(begun, TARGET)
+    assert 0.5 < fine.bias_grad < 1.6 and "one way" not in str(fine)
+
+
+def test_padding_is_no_part_of_the_calibration() -> None:
+    mask = (torch.arange(N) < N // 4).float()[:, None]
+    loss = umup.unit_loss(lambda y, t: mask * cubic(y, t))
+    report = loss.calibrate(FRESH, TARGET)
+    assert report.rows == N // 4
+    assert report.rms == pytest.approx(3 * 3**0.5, rel=0.05)
+
+
+def test_the_multiplier_is_saved_with_the_model_that_holds_the_loss() -> None:
+    model = nn.ModuleDict({"loss": umup.unit_loss(cubic)})
+    model["loss"].calibrate(FRESH, TARGET)  # type: ignore[operator]
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    other = nn.ModuleDict({"loss": umup.unit_loss(cubic)})
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other["loss"].grad_multiplier == model["loss"].grad_multiplier
+    assert other["loss"].report == model["loss"].report
+    assert "cubic, grad_multiplier=0.19" in repr(other)
+
+
+# ------------------------------------------------------------------ bad input
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "quantiles out of range": (
+        lambda: losses.pinball(FRESH[..., None], TARGET, [1.0]),
+        ValueError,
+        r"quantiles=\[1.0\]; they must be numbers between 0 and 1",
+    ),
+    "no quantile": (lambda: losses.quantile_bias([]), ValueError, r"quantiles=\[\]"),
+    "another number of quantiles": (
+        lambda: losses.pinball(FRESH, TARGET, DECILES),
+        ValueError,
+        r"prediction is \[4096, 16\] and target \[4096, 16\] with 9 quantiles",
+    ),
+    "shapes that would broadcast": (
+        lambda: losses.mse_loss(torch.zeros(4), torch.zeros(4, 1)),
+        ValueError,
+        r"prediction is \[4\] and target \[4, 1\]; broadcast them yourself",
+    ),
+    "an unknown reduction": (
+        lambda: losses.l1_loss(FRESH, TARGET, reduction="avg"),  # type: ignore[arg-type]
+        ValueError,
+        "reduction='avg'; use 'mean', 'sum' or 'none'",
+    ),
+    "one class": (
+        lambda: losses.cross_entropy(torch.zeros(2, 1), torch.zeros(2, dtype=torch.long)),
+        ValueError,
+        "cross entropy over 1 classes has no gradient",
+    ),
+    "FP16": (
+        lambda: losses.linear_cross_entropy(
+            torch.zeros(2, 4).half(), torch.zeros(3, 4).half(), classes(2, vocab=3)
+        ),
+        TypeError,
+        "hidden is float16, and logits are hidden / width",
+    ),
+    "a residual of 0": (
+        lambda: losses.mse_loss(FRESH, TARGET, residual_std=0.0),
+        ValueError,
+        "residual_std=0.0; it must be positive",
+    ),
+    "equal targets": (
+        lambda: losses.kl_div(FRESH, TARGET, target_std=0.0),
+        ValueError,
+        "target_std=0.0; equal target logits have no gradient",
+    ),
+    "a mean": (
+        lambda: umup.unit_loss(lambda y, t: cubic(y, t).mean())(FRESH, TARGET),
+        ValueError,
+        r"<lambda> returns a mean: on half of the rows each gradient is 2.00 times as large",
+    ),
+    "no gradient": (
+        lambda: umup.unit_loss(cubic)(FRESH, FRESH),
+        ValueError,
+        "the gradient of cubic has RMS 0.0 on the calibration batch",
+    ),
+    "a multiplier of 0": (
+        lambda: umup.unit_loss(cubic, grad_multiplier=0.0),
+        ValueError,
+        "grad_multiplier=0.0; it must be positive and finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_refused_with_what_was_seen(what: str) -> None:
+    call, error, message = REFUSED[what]
+    with pytest.raises(error, match=message):
+        call()
