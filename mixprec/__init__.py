@@ -3,7 +3,7 @@
 Every public name is listed here by hand; importing this package imports only torch.
 """
 
-from mixprec import formats
+from mixprec import formats, umup
 from mixprec.accumulation import GradientAccumulator
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
@@ -23,4 +23,5 @@ __all__ = [
     "cast_model",
     "formats",
     "linear_cross_entropy",
+    "umup",
 ]

@@ -23,7 +23,7 @@ CONCERNS = {
 }
 """Each is useful without the others, so none may reach another, not even through a third."""
 
-OPS = {"mixprec.cross_entropy"}
+OPS = {"mixprec.cross_entropy", "mixprec.umup.functional"}
 """Functions of tensors: they know nothing of training, and training nothing of them."""
 
 

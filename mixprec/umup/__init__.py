@@ -1,6 +1,33 @@
-"""Unit scaling and u-muP."""
+"""Unit scaling and u-muP: train small, keep the learning rate, train large.
 
-from mixprec.umup import functional, scaling
+layers, functional, losses   operations whose outputs and gradients have RMS 1 before training
+rule, table                  what each parameter's role makes of its learning rate, and why
+param_groups                 the table as a handful of groups, for any optimizer
+check_*                      whether a model does what the table promises, in numbers
+"""
+
+from mixprec.umup import functional, layers, losses, scaling
+from mixprec.umup.decoder import Decoder
+from mixprec.umup.groups import param_groups
+from mixprec.umup.roles import ROLES, Spec, spec
+from mixprec.umup.rules import rule
 from mixprec.umup.scaling import scale_bwd, scale_fwd
+from mixprec.umup.table import table
+from mixprec.umup.unit_loss import unit_loss
 
-__all__ = ["functional", "scale_bwd", "scale_fwd", "scaling"]
+__all__ = [
+    "ROLES",
+    "Decoder",
+    "Spec",
+    "functional",
+    "layers",
+    "losses",
+    "param_groups",
+    "rule",
+    "scale_bwd",
+    "scale_fwd",
+    "scaling",
+    "spec",
+    "table",
+    "unit_loss",
+]
