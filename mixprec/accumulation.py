@@ -17,6 +17,9 @@ backward passes are exact in 16 bits, where 1/T would be off by up to 0.4 % the 
 A is what the ranks' reducer divided by. The one division is part of the optimizer's unscaling pass,
 and nothing here waits for the device.
 
+Groups of a unit-scaled model ask for T^-1/2 in place of 1/T, by `token_power`: a sum of T gradients
+of RMS 1 has RMS T^1/2.
+
 16-bit parameters would add up their micro-batches in 16 bits, where BF16 stands still after 256
 equal ones. So a window of several micro-batches has FP32 gradients, for 2 more bytes a parameter
 until the step; a window of one does not.
@@ -28,7 +31,7 @@ import operator
 import warnings
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -78,7 +81,8 @@ class GradientAccumulator:
             accumulator.backward(*loss_fn(model(x), y), last=i == len(micro_batches) - 1)
         loss = accumulator.step()
 
-    Single-process: the ranks' tokens are not yet added up, and more than one rank is an error.
+    With several ranks, say how their gradients are reduced: tokens and losses are then added up
+    over the ranks, once a step. Parameters that are sharded (FSDP2) are refused by the optimizers.
 
     Args:
         optimizer: a `mixprec.MixedPrecision`, whose loss scaler is used; or any other with FP32 or
@@ -89,6 +93,9 @@ class GradientAccumulator:
         fp32_sums: whether 16-bit parameters get FP32 gradients in windows of several micro-batches.
             Turn it off where gradients must stay in 16 bits to fit, or where something else holds
             them: DistributedDataParallel raises "Expected BFloat16, got Float".
+        grad_reduction: "mean" if something averages gradients over the ranks before `step`, as
+            DistributedDataParallel does; "sum" if it adds them up. None is for one rank.
+        process_group: the ranks that hold different tokens; all by default.
 
     Attributes:
         loss: mean loss of the last window, 0-d, as returned by `step`; None before.
@@ -115,8 +122,12 @@ class GradientAccumulator:
         presumed_tokens: int = 2**18,
         loss_scaler: _LossScaler | None = None,
         fp32_sums: bool = True,
+        grad_reduction: Literal["mean", "sum"] | None = None,
+        process_group: Any = None,
     ) -> None:
         _check_presumed(presumed_tokens)
+        if grad_reduction not in (None, "mean", "sum"):
+            raise ValueError(f"grad_reduction={grad_reduction!r}; use 'mean', 'sum' or None")
         refuse_closure_rule(getattr(optimizer, "inner", optimizer))
         if not is_mixed_precision(optimizer):
             check_plain(optimizer)
@@ -130,6 +141,8 @@ class GradientAccumulator:
         self.loss = self.num_tokens = None
         self._loss_scaler = loss_scaler
         self._fp32_sums = fp32_sums
+        self._grad_reduction = grad_reduction
+        self._process_group = process_group
         self._window = _Window()
         self._warned = False
 
@@ -173,7 +186,7 @@ class GradientAccumulator:
             aux_loss: scalar that is a mean already, such as a router's balance loss. It is weighted
                 by `num_tokens`: the window's is the mean over tokens.
         """
-        _check_single_process()
+        self._check_ranks()
         count = _count(num_tokens)
         loss = _scalar("loss_sum", loss_sum)
         if aux_loss is not None:
@@ -210,7 +223,7 @@ class GradientAccumulator:
             )
         try:
             _check_declared(window)
-            tokens, total = _token_sum(window), _loss_sum(window)
+            tokens, total = self._over_ranks(_token_sum(window), _loss_sum(window))
             self.num_tokens = tokens
             self.loss = torch.where(tokens > 0, total / tokens, torch.nan)
             self._step_optimizer(self._factor(tokens, total.dtype))
@@ -251,10 +264,53 @@ class GradientAccumulator:
 
     def _factor(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """`A * P / T`, 0-d; 0 without tokens. The 1/S is multiplied in where the scaler is."""
-        # A = 1: in one process nothing divides gradients between backward and here.
+        divided = self._ranks() if self._grad_reduction == "mean" else 1
+        power = self._token_power()
+        wide = tokens.to(dtype)
         if self._window.declared is not None:
-            return (tokens > 0).to(dtype)
-        return torch.where(tokens > 0, self.presumed_tokens / tokens.to(dtype), 0.0)
+            factor = divided * wide ** (power + 1)
+        elif power == -1:
+            factor = divided * self.presumed_tokens / wide
+        else:
+            factor = divided * self.presumed_tokens * wide**power
+        return torch.where(tokens > 0, factor, 0.0)
+
+    def _token_power(self) -> float:
+        """-1 divides by the tokens; groups of `umup.param_groups` have -1/2."""
+        powers = [float(g.get("token_power", -1.0)) for g in self.optimizer.param_groups]
+        if len(set(powers)) > 1:
+            other = next(i for i, power in enumerate(powers) if power != powers[0])
+            raise ValueError(
+                f"param_groups[0] has token_power {powers[0]} and param_groups[{other}] "
+                f"{powers[other]} (-1.0 where there is none), but one factor multiplies the "
+                f"gradients of all. Make all groups with umup.param_groups, or give each the same."
+            )
+        return powers[0]
+
+    # ---------------------------------------- ranks
+
+    def _ranks(self) -> int:
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return 1
+        return distributed.get_world_size(self._process_group)
+
+    def _check_ranks(self) -> None:
+        ranks = self._ranks()
+        if ranks > 1 and self._grad_reduction is None:
+            raise RuntimeError(
+                f"this is one of {ranks} ranks, and grad_reduction is None: each would divide by "
+                f"its own count, and their weights would drift apart. Give grad_reduction='mean' "
+                f"under DistributedDataParallel, or 'sum' if gradients are added up over the ranks."
+            )
+
+    def _over_ranks(self, tokens: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and loss, added up over the ranks by one reduction."""
+        if self._ranks() == 1:
+            return tokens, total
+        both = torch.stack((tokens.to(total.dtype), total))  # counts below 2^53 are exact in FP64
+        torch.distributed.all_reduce(both, group=self._process_group)
+        return both[0].to(torch.int64), both[1]
 
     def _step_optimizer(self, factor: Tensor) -> None:
         if is_mixed_precision(self.optimizer):
@@ -378,15 +434,3 @@ def _widest_dtype(device: torch.device) -> torch.dtype:
     except TypeError:
         return torch.float32
     return torch.float64
-
-
-def _check_single_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            raise NotImplementedError(
-                f"GradientAccumulator counts the tokens of one process, and this is one of {ranks} "
-                f"ranks: each would divide by its own count, and their weights would drift apart. "
-                f"Accumulate in one process, or divide by the all-reduced count yourself."
-            )

@@ -667,13 +667,36 @@ def test_a_second_scaler_beside_that_of_mixed_precision_is_refused() -> None:
         GradientAccumulator(optimizer, loss_scaler=DynamicLossScaler())
 
 
-def test_more_ranks_than_one_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_whose_reduction_is_not_said_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 4)
     param = weight()
     accumulator = GradientAccumulator(SGD([param], lr=1.0))
-    with pytest.raises(NotImplementedError, match=r"one of 4 ranks.*weights would drift apart"):
+    with pytest.raises(RuntimeError, match=r"one of 4 ranks.*weights would drift apart"):
         accumulator.backward(param * 3, 1)
+    with pytest.raises(ValueError, match="grad_reduction='avg'; use 'mean', 'sum' or None"):
+        GradientAccumulator(SGD([param], lr=1.0), grad_reduction="avg")  # type: ignore[arg-type]
+
+
+def test_the_power_of_the_token_count_is_the_groups_and_one_for_all() -> None:
+    param, other = weight(), weight()
+    group: dict[str, Any] = {"params": [param], "token_power": -0.5}
+    for start in (None, 16):
+        with torch.no_grad():
+            param.zero_()
+        accumulator = GradientAccumulator(SGD([dict(group)], lr=1.0), presumed_tokens=2**10)
+        if start:
+            accumulator.start(start)
+        for tokens in (7, 9):
+            accumulator.backward(param * 2 * tokens, tokens, last=tokens == 9)
+        assert accumulator.step().item() == 0.0
+        assert param.item() == -8.0  # 32 / 16^1/2
+    accumulator = GradientAccumulator(SGD([group, {"params": [other]}], lr=1.0))
+    accumulator.backward(param * other, 1)
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\] has token_power -0.5 and param_groups\[1"
+    ):
+        accumulator.step()
 
 
 # --- with MixedPrecision
