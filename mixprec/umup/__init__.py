@@ -7,18 +7,26 @@ check_*                      whether a model does what the table promises, in nu
 """
 
 from mixprec.umup import functional, layers, losses, scaling
+from mixprec.umup.coordinates import check_coordinates
 from mixprec.umup.decoder import Decoder
+from mixprec.umup.drift import DriftMonitor
 from mixprec.umup.groups import param_groups
 from mixprec.umup.roles import ROLES, Spec, spec
 from mixprec.umup.rules import rule
+from mixprec.umup.scales import check_scales
 from mixprec.umup.scaling import scale_bwd, scale_fwd
 from mixprec.umup.table import table
+from mixprec.umup.transfer import check_transfer
 from mixprec.umup.unit_loss import unit_loss
 
 __all__ = [
     "ROLES",
     "Decoder",
+    "DriftMonitor",
     "Spec",
+    "check_coordinates",
+    "check_scales",
+    "check_transfer",
     "functional",
     "layers",
     "losses",

@@ -1,0 +1,277 @@
+"""The checkers: what is right passes, what is known to be wrong is found, pictures are drawn."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixprec import formats, umup
+from mixprec.umup.coordinates import CoordinateReport, check_coordinates
+from mixprec.umup.picture import Line, draw
+from mixprec.umup.scales import check_scales, flushed
+
+L = umup.layers
+WIDTHS = (64, 256, 1024)
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(32, 8, generator=G), torch.randint(4, (32,), generator=G)
+
+
+class BiasInside(L.Linear):
+    """The bias is multiplied as the product is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = umup.scale_fwd(self.bias, self.in_features**-0.5)
+        return umup.functional.linear(input, self.weight, bias)
+
+
+def mlp(width: int, hidden: type[nn.Linear] = L.Linear) -> nn.Sequential:
+    return nn.Sequential(
+        L.Linear(8, width, role="input"), nn.Tanh(), hidden(width, width), nn.Tanh(),
+        L.LinearReadout(width, 4),
+    )  # fmt: skip
+
+
+def unit_loss(model: nn.Module) -> tuple[Tensor, int]:
+    return umup.losses.cross_entropy(model(X), Y, reduction="sum"), 32
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(umup.param_groups(model, 0.1, torch.optim.SGD))
+
+
+def coordinates(**options: Any) -> CoordinateReport:
+    arguments: dict[str, Any] = {
+        "make_model": mlp, "widths": WIDTHS, "loss": unit_loss, "make_optimizer": sgd,
+        "seeds": range(3),
+    }  # fmt: skip
+    return check_coordinates(**{**arguments, **options})
+
+
+# ------------------------------------------------------------------ coordinates
+
+
+def test_rules_of_the_table_pass_in_one_step_and_in_several() -> None:
+    report = coordinates(steps=3)
+    assert report.ok and not report.failures()
+    assert set(report.parameters) == {f"{i}.{p}" for i in (0, 2, 4) for p in ("weight", "bias")}
+    assert set(report.activations) == set("01234")
+    assert abs(report.activations["3"].slope) < 0.1
+
+
+def test_a_bias_inside_the_multiplier_is_found_where_activations_look_fine() -> None:
+    report = coordinates(make_model=lambda width: mlp(width, BiasInside))
+    assert list(report.failures()) == ["2.bias"]
+    assert report.parameters["2.bias"].slope == pytest.approx(-0.5, abs=0.1)
+    assert abs(report.activations["2"].slope) < 0.1
+    assert "NOT       -0.5" in str(report)
+    wanted = coordinates(make_model=lambda w: mlp(w, BiasInside), wanted={"2.bi*": -0.5})
+    assert wanted.ok
+
+
+def test_one_learning_rate_for_all_of_a_plain_model_is_found() -> None:
+    def plain(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 4))
+
+    report = coordinates(
+        make_model=plain,
+        loss=lambda model: F.cross_entropy(model(X), Y),
+        make_optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+    )
+    assert "2.weight" in report.failures()
+    assert report.parameters["2.weight"].slope > 0.7
+
+
+def test_modules_that_are_not_called_and_parameters_that_do_not_move_are_said_to() -> None:
+    class Model(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.inner = L.Linear(8, width, role="input")
+            self.head = L.LinearReadout(width, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return umup.functional.linear_readout(self.inner(x), self.head.weight, self.head.bias)
+
+    report = coordinates(make_model=Model)
+    assert report.not_called == ("head.weight", "head.bias") and report.ok
+    assert "not called: head.weight, head.bias" in str(report)
+    still = coordinates(make_optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.0))
+    assert not still.ok and math.isnan(still.parameters["0.weight"].slope)
+
+
+def test_the_random_state_of_the_caller_is_left_alone() -> None:
+    before = torch.get_rng_state()
+    coordinates(widths=(8, 16), seeds=(0,))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ------------------------------------------------------------------ scales
+
+
+def test_scales_of_a_unit_scaled_decoder_pass_and_of_a_mean_loss_do_not() -> None:
+    model = umup.Decoder(100, width=64, depth=2, seq_len=16)
+    g = torch.Generator().manual_seed(1)
+    tokens, targets = torch.randint(100, (2, 16, 16), generator=g).unbind(0)
+    targets[:, 8:] = -100
+
+    def loss(model: nn.Module) -> tuple[Tensor, Tensor]:
+        logits = model(tokens).flatten(0, 1)
+        loss_sum = umup.losses.cross_entropy(logits, targets.flatten(), reduction="sum")
+        return loss_sum, (targets != -100).sum()
+
+    report = check_scales(model, loss)
+    assert report.ok, str(report)
+    rows = {row.name: row for row in report.rows}
+    assert rows["readout"].output == pytest.approx(64**-0.5, rel=0.1)
+    assert rows["readout"].grad_output == pytest.approx(1, abs=0.01)
+    assert rows["readout"].grad_input == pytest.approx(1, abs=0.1)
+    assert rows["readout"].grad_weights["weight"] == pytest.approx(1, abs=0.2)
+    assert rows["embedding"].grad_weights["weight"] == pytest.approx(1, abs=0.4)
+    assert rows["layers.0.mlp.up"].output == pytest.approx(1, abs=0.1)
+
+    def mean(model: nn.Module) -> Tensor:
+        return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()) / 2**12
+
+    report = check_scales(model, mean)
+    assert not report.ok
+    row = next(row for row in report.failures() if row.name == "layers.0.mlp.up")
+    assert row.grad_flush > 0.5
+    assert "NOT" in str(report) and "layers.0.mlp.up (Linear)" in str(report)
+
+
+def test_overflow_of_8_bits_fails() -> None:
+    model = nn.Sequential(L.Linear(8, 8), L.LinearReadout(8, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(10_000)  # type: ignore[union-attr,operator]
+    report = check_scales(model, unit_loss)
+    first = report.failures()[0]
+    assert first.name == "0" and first.overflow > 0.9
+
+
+@pytest.mark.parametrize("format", [formats.E4M3, formats.E5M2])
+def test_flushed_counts_what_the_format_turns_into_0(format: formats.Format) -> None:
+    half = format.smallest_subnormal / 2  # a tie, which goes to the even 0
+    values = torch.tensor([0.0, half, half * 1.01, 1.0, -half / 2])
+    assert flushed(values, format) == 0.5
+    assert math.isnan(flushed(torch.zeros(3), format))
+
+
+# ------------------------------------------------------------------ transfer
+
+
+def bowl(move: float) -> Callable[[int, float], float]:
+    """A loss whose best learning rate moves by that many octaves a doubling."""
+
+    def train(width: int, lr: float) -> float:
+        if lr > 2:
+            return math.nan
+        return (math.log2(lr) + 4 + move * math.log2(width / 64)) ** 2
+
+    return train
+
+
+def test_transfer_reports_the_drift_of_the_best_rate() -> None:
+    lrs = [2.0**e for e in range(-9, 3)]
+    fine = umup.check_transfer(bowl(0.4), [64, 128, 256, 512], lrs)
+    assert fine.drift == 1 and fine.ok and fine.best[64] == 2**-4
+    assert fine.losses[64][4.0] == math.inf
+    moves = umup.check_transfer(bowl(1.0), [64, 128, 256, 512], lrs)
+    assert moves.drift == 3 and not moves.ok
+    assert "moves by 3 octaves" in str(moves) and "inf" in str(moves)
+
+
+def test_a_best_rate_at_the_edge_of_the_sweep_is_no_success() -> None:
+    report = umup.check_transfer(bowl(0.0), [64, 128], [2**-4, 2**-3])
+    assert report.drift == 0 and report.at_an_edge == [64, 128] and not report.ok
+    assert "at the edge of the sweep: widths [64, 128]" in str(report)
+
+
+def test_widths_that_always_diverge_are_no_success() -> None:
+    report = umup.check_transfer(lambda width, lr: math.nan, [64], [1.0, 2.0])
+    assert math.isnan(report.drift) and not report.ok
+    ET.fromstring(report.svg())
+
+
+# ------------------------------------------------------------------ drift
+
+
+def test_the_monitor_names_what_has_moved_and_says_where_weights_settle() -> None:
+    model = nn.Sequential(L.Linear(64, 64, bias=False), L.LinearReadout(64, 8, bias=False))
+    optimizer = torch.optim.AdamW(umup.param_groups(model, 0.5, torch.optim.AdamW, 2**-7))
+    monitor = umup.DriftMonitor(model, optimizer, factor=2.0)
+    assert monitor.warnings() == []
+    with torch.no_grad():
+        model[1].weight.mul_(0.25)  # type: ignore[union-attr,operator]
+    assert monitor.warnings() == ["1.weight: RMS 0.25 times what it was"]
+    hidden, readout = monitor.measure()
+    assert hidden.rms == hidden.initial and readout.rms == pytest.approx(readout.initial / 4)
+    # lr * multiplier / (2 * weight decay)^1/2 = 0.5 / 8 / 2^-3
+    assert hidden.equilibrium == pytest.approx(0.5)
+    assert readout.equilibrium == pytest.approx(4.0)
+    assert "0.weight" in str(monitor)
+
+
+@pytest.mark.slow
+def test_weights_settle_where_the_monitor_says() -> None:
+    layer = L.Linear(64, 64, bias=False)
+    kind = torch.optim.AdamW
+    optimizer = kind(umup.param_groups(layer, 0.5, kind, 2**-5), betas=(0.0, 0.999))
+    monitor = umup.DriftMonitor(layer, optimizer)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        layer.weight.grad = torch.randn(64, 64, generator=g)
+        optimizer.step()
+    (drift,) = monitor.measure()
+    assert drift.rms == pytest.approx(drift.equilibrium, rel=0.1)  # r = 1 without momentum
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def test_reports_draw_themselves_as_svg_with_a_line_for_each_name() -> None:
+    report = coordinates(widths=(16, 32), seeds=(0,))
+    transfer = umup.check_transfer(bowl(0.0), [64, 128], [2.0**e for e in range(-8, 3)])
+    for svg, names in (
+        (report.svg(), report.parameters),
+        (transfer.svg("<title>"), ("width 64", "width 128")),
+    ):
+        root = ET.fromstring(svg)
+        texts = [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]
+        lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
+        assert len(lines) == len(names)
+        for name in names:
+            assert any(text.startswith(name) for text in texts)
+        for line in lines:
+            for point in line.attrib["points"].split():
+                x, y = map(float, point.split(","))
+                assert 0 <= x <= 860 and 0 <= y <= 480
+    assert transfer.svg().count("<circle") == 2
+
+
+def test_a_picture_of_nothing_and_of_gaps() -> None:
+    ET.fromstring(draw([], title="t", x_label="x", y_label="y"))
+    svg = draw(
+        [Line("a", [1, 2, 4, 8], [1.0, math.nan, 2.0, 0.0])],
+        title="t", x_label="x", y_label="y", log_y=True,
+    )  # fmt: skip
+    assert svg.count("<polyline") == 2
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def test_bad_input_is_refused_with_what_was_seen() -> None:
+    with pytest.raises(ValueError, match=r"widths=\[64\]; a slope needs two different widths"):
+        coordinates(widths=[64])
+    with pytest.raises(ValueError, match="the models of widths 64 and 128 differ in"):
+        coordinates(
+            make_model=lambda w: mlp(w) if w == 64 else nn.Sequential(mlp(w)), widths=(64, 128)
+        )
+    with pytest.raises(ValueError, match=r"widths=\[\], lrs=\[1.0\]; give a width or more"):
+        umup.check_transfer(bowl(0.0), [], [1.0])
