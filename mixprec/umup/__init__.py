@@ -7,6 +7,7 @@ check_*                      whether a model does what the table promises, in nu
 """
 
 from mixprec.umup import functional, layers, losses, scaling
+from mixprec.umup.convert import apply, export
 from mixprec.umup.coordinates import check_coordinates
 from mixprec.umup.decoder import Decoder
 from mixprec.umup.drift import DriftMonitor
@@ -24,9 +25,11 @@ __all__ = [
     "Decoder",
     "DriftMonitor",
     "Spec",
+    "apply",
     "check_coordinates",
     "check_scales",
     "check_transfer",
+    "export",
     "functional",
     "layers",
     "losses",

@@ -39,6 +39,7 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         self.multiplier = multiplier
+        self.umup_gate = ("gate", multiplier)  # for `export`
         self.gate = Linear(width, hidden_width, bias=False, constraint=None)
         self.up = Linear(width, hidden_width, bias=False, constraint=None)
         self.down = Linear(
@@ -80,6 +81,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = width // num_heads
         self.logit_multiplier = multiplier / self.head_dim
+        self.umup_query = ("query", multiplier * self.head_dim**-0.5)  # for `export`
         self.query = Linear(width, width, bias=False)
         self.key = Linear(width, num_kv_heads * self.head_dim, bias=False)
         self.value = Linear(width, num_kv_heads * self.head_dim, bias=False)
