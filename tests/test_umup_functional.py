@@ -101,8 +101,8 @@ CASES = {
     "gelu": Case(U.gelu, F.gelu, ((64, W),), 1.15, (1.18,)),
     "gelu on a cut edge": Case(partial(U.gelu, constraint=None), F.gelu, ((64, W),), 1.15),
     "gelu, sharp": Case(partial(U.gelu, multiplier=4.0), F.gelu, ((64, W),), 1.21, (1.21,)),
-    "silu": Case(U.silu, F.silu, ((64, W),), 1.11, (1.13,)),
-    "silu on a cut edge": Case(partial(U.silu, constraint=None), F.silu, ((64, W),), 1.11),
+    "silu": Case(U.silu, F.silu, ((64, W),), 1.05, (1.09,)),
+    "silu on a cut edge": Case(partial(U.silu, constraint=None), F.silu, ((64, W),), 1.05),
     "silu_glu": Case(
         U.silu_glu, lambda x, gate: x * F.silu(gate), ((64, W), (64, W)), 1, (1, 1), (1, 1)
     ),

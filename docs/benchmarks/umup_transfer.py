@@ -174,11 +174,11 @@ def trained(
 # Exponents of the learning rates that are tried: unit-scaled, standard.
 SWEEPS: dict[tuple[str, str], tuple[range, range]] = {
     ("mlp", "AdamW"): (range(-6, 2), range(-13, -3)),
-    ("mlp", "SGD"): (range(-11, -2), range(-7, 2)),
+    ("mlp", "SGD"): (range(-14, -5), range(-7, 2)),
     ("mlp", "Muon"): (range(-7, 1), range(-10, 0)),
-    ("decoder", "AdamW"): (range(-5, 3), range(-12, -4)),
-    ("decoder", "SGD"): (range(-11, -3), range(-5, 3)),
-    ("decoder", "Muon"): (range(-6, 2), range(-9, -1)),
+    ("decoder", "AdamW"): (range(-5, 2), range(-13, -5)),
+    ("decoder", "SGD"): (range(-13, -4), range(-8, 2)),
+    ("decoder", "Muon"): (range(-7, 1), range(-9, -1)),
 }
 OPTIMIZERS = {"AdamW": AdamW, "SGD": SGD, "Muon": Muon}
 
@@ -188,13 +188,13 @@ def main() -> None:
     parser.add_argument("--task", choices=("mlp", "decoder"), default="mlp")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
-    parser.add_argument("--steps", type=int, default=0, help="200 for the MLP, 100 for the decoder")
+    parser.add_argument("--steps", type=int, default=0, help="200 for the MLP, 60 for the decoder")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for the pictures")
     args = parser.parse_args()
     torch.set_num_threads(1)
     mlp = args.task == "mlp"
-    steps = args.steps or (200 if mlp else 100)
+    steps = args.steps or (200 if mlp else 60)
     batches = mlp_batches if mlp else text_batches
     kinds: list[tuple[str, Any, Any]] = [
         ("unit-scaled", unit_mlp if mlp else unit_decoder, unit_optimizers),
