@@ -16,6 +16,7 @@ from mixprec.umup.roles import ROLES, Spec, spec
 from mixprec.umup.rules import rule
 from mixprec.umup.scales import check_scales
 from mixprec.umup.scaling import scale_bwd, scale_fwd
+from mixprec.umup.spectral import spectral_normalize
 from mixprec.umup.table import table
 from mixprec.umup.transfer import check_transfer
 from mixprec.umup.unit_loss import unit_loss
@@ -39,6 +40,7 @@ __all__ = [
     "scale_fwd",
     "scaling",
     "spec",
+    "spectral_normalize",
     "table",
     "unit_loss",
 ]
