@@ -83,22 +83,27 @@ def unit_decoder(width: int) -> nn.Module:
     )
 
 
-class StandardDecoder(nn.Module):
-    """The same layers with torch's multipliers; logits are q.k / head_dim^1/2."""
+def standard_decoder(width: int) -> nn.Module:
+    return StandardDecoder(unit_decoder(width))
 
-    def __init__(self, width: int) -> None:
+
+class StandardDecoder(nn.Module):
+    """The same layers with no multipliers, GPT-2's deviations, logits q.k / head_dim^1/2."""
+
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
-        self.inner: Any = unit_decoder(width)
-        for name, module in list(self.inner.named_modules()):
+        self.inner: Any = decoder
+        for name, module in list(decoder.named_modules()):
             if isinstance(module, L.Linear | L.LinearReadout):
                 parent, _, local = name.rpartition(".")
-                plain = nn.Linear(module.in_features, module.out_features, bias=False)
-                plain.output_multiplier = 1.0  # type: ignore[assignment]
-                setattr(self.inner.get_submodule(parent), local, plain)
+                plain: Any = nn.Linear(module.in_features, module.out_features, bias=False)
+                plain.output_multiplier = 1.0
+                setattr(decoder.get_submodule(parent), local, plain)
+        branches = 2 * len(self.inner.layers)
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                out = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(weight, std=0.02 / (4**0.5 if out else 1.0))  # 2 layers, 4 branches
+                end = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / (branches**0.5 if end else 1.0))
         for layer in self.inner.layers:
             layer.attention.logit_multiplier = layer.attention.head_dim**-0.5
 
@@ -198,7 +203,7 @@ def main() -> None:
     batches = mlp_batches if mlp else text_batches
     kinds: list[tuple[str, Any, Any]] = [
         ("unit-scaled", unit_mlp if mlp else unit_decoder, unit_optimizers),
-        ("standard", standard_mlp if mlp else StandardDecoder, standard_optimizers),
+        ("standard", standard_mlp if mlp else standard_decoder, standard_optimizers),
     ]
     for name in args.optimizers:
         for (what, make_model, make_optimizers), exponents in zip(
