@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,23 @@ def test_two_ranks_give_the_gradients_of_the_full_batch(uneven: bool, tmp_path: 
         for name, grad in whole.items():
             found = grads[f"model.{name}"]
             assert float((found - grad).norm() / grad.norm()) < 1e-6, name
+
+
+# ------------------------------------------------------------------ the example
+
+
+def test_the_example_finds_a_rate_at_one_width_and_trains_another_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = Path(__file__).parent.parent / "examples" / "transfer_learning_rate.py"
+    sizes = ["--steps", "10", "--small", "32", "--large", "64"]
+    monkeypatch.setattr(sys, "argv", [str(example), *sizes])
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "readout.weight" in printed and "the best learning rate moves by 0 octaves" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("width 64 at the rate that was best at width 32")
+    assert float(last.split()[-1]) < 4.5  # from ln 256 = 5.55
 
 
 # ------------------------------------------------------------------ it learns

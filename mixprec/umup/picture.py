@@ -78,7 +78,7 @@ def draw(
             ends.append((at(last)[1], index))
     for (_, index), y in zip(sorted(ends), _spread([y for y, _ in sorted(ends)]), strict=True):
         colour = COLOURS[index % len(COLOURS)]
-        parts.append(_text(RIGHT + 14, y + 4, lines[index].name, f'fill="{colour}"'))
+        parts.append(_text(RIGHT + 14, y + 4, lines[index].name, f'style="fill:{colour}"'))
     parts.append(_text(LEFT, HEIGHT - 12, caption, 'class="quiet"'))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
