@@ -52,6 +52,18 @@ class ImplicitScale(Attention):
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
+class QueryNorm(Attention):
+    """Queries and keys go through norms, as Qwen3's."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.q_norm, self.k_norm = OwnRMSNorm(self.head_dim), OwnRMSNorm(self.head_dim)
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        q, k, v = super().heads(x)
+        return [self.q_norm(q), self.k_norm(k), v]
+
+
 class MLP(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -226,7 +238,7 @@ def test_a_converted_model_compiles() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("attention", [Attention, ImplicitScale])
+@pytest.mark.parametrize("attention", [Attention, ImplicitScale, QueryNorm])
 @pytest.mark.parametrize(
     "options", [None, {}, {"residual_multiplier": 2.0, "depth_rule": "completep"}]
 )
@@ -323,6 +335,12 @@ def no_query(model: Any) -> None:
         del layer.self_attn.q_proj
 
 
+def norm_behind(model: Any) -> None:
+    for layer in model.layers:
+        del layer.self_attn.scaling
+        layer.self_attn.q_norm = OwnRMSNorm(8)
+
+
 def two_ends(model: Any) -> None:
     model.layers[0].mlp.c_proj = nn.Linear(32, 32)
 
@@ -355,6 +373,11 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
         no_query,
         {"head_dim": 8},
         "layers.0: found neither a number head_dim.* nor a linear named q_proj",
+    ),
+    "a norm behind the queries": (
+        norm_behind,
+        {},
+        "nor a linear named q_proj, query, wq, q, without a norm behind it, to make logits",
     ),
     "an example that runs nothing": (
         lambda m: None,

@@ -34,6 +34,7 @@ __all__ = ["apply", "export"]
 
 _ENDS = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "w2", "fc2", "dense_4h_to_h", "down")
 _QUERIES = ("q_proj", "query", "wq", "q")
+_QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm")
 _SCALES = ("scaling", "scale", "softmax_scale")
 
 
@@ -240,16 +241,19 @@ def _set_logits(part: _Parts, head_dim: int | None, multiplier: float) -> None:
     if query is None and isinstance(attention, nn.ModuleDict):
         query = next((n for n in _QUERIES if n in attention), None)
     factor = multiplier * dim**-0.5  # what logits lack to be multiplier / head_dim
+    # Behind a norm of the queries a multiplier of their linear would have no effect.
+    norm = next((n for n in _QUERY_NORMS if hasattr(attention, n)), None)
     for name in _SCALES:
         value = getattr(attention, name, None)
         if isinstance(value, float) and math.isclose(value, dim**-0.5, rel_tol=1e-3):
             setattr(attention, name, multiplier / dim)
-            vars(attention)["umup_query"] = (query, factor)
+            vars(attention)["umup_query"] = (norm or query, factor)
             return
-    if query is None:
+    if query is None or norm is not None:
         raise ValueError(
             f"{part.name}: found neither a number head_dim^-1/2 named {', '.join(_SCALES)} nor a "
-            f"linear named {', '.join(_QUERIES)} to make logits q.k / head_dim with. Give "
+            f"linear named {', '.join(_QUERIES)}, without a norm behind it, to make logits "
+            f"q.k / head_dim with. Give "
             f"attention_scale='leave' and do so yourself."
         )
     attention.get_submodule(query).umup_factor = factor
