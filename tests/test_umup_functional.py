@@ -427,6 +427,8 @@ def test_multipliers_are_not_rounded_to_16_bits() -> None:
     assert x.grad is not None and x.grad.item() == 98.5
     wide = torch.full((1,), 171.0, dtype=torch.bfloat16)
     assert umup.scale_fwd(wide, 3**-0.5).item() == 98.5
+    row = torch.tensor([[171.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    assert U.linear(row, torch.eye(3, dtype=torch.bfloat16))[0, 0].item() == 98.5
 
 
 # ------------------------------------------------------------------ compile, func

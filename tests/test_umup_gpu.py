@@ -74,6 +74,18 @@ def test_a_product_without_a_bias_reads_nothing_that_was_not_given() -> None:
     assert bool((umup.functional.linear(x, x) == 8).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_product_does_not_round_its_multiplier_to_16_bits(dtype: torch.dtype) -> None:
+    x, dy = (torch.zeros(8, 3, device="cuda", dtype=dtype) for _ in range(2))
+    x[:, 0], dy[:, 0] = 171.0, 171.0
+    x.requires_grad_()
+    y = U.linear(x, torch.eye(3, device="cuda", dtype=dtype))
+    y.backward(dy)
+    exact = (171 * torch.tensor(3.0, dtype=torch.float64) ** -0.5).to(dtype)
+    assert y[0, 0].item() == exact.item(), y[0, 0]  # BF16: 98.5; with 3^-1/2 rounded first, 99
+    assert x.grad is not None and x.grad[0, 0].item() == exact.item(), x.grad[0, 0]
+
+
 def test_a_unit_scaled_linear_launches_no_more_kernels_than_a_plain_one() -> None:
     x = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     w = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
