@@ -117,10 +117,12 @@ def others(model: nn.Module, kind: Callable[..., Any], power: float = -0.5) -> A
     return kind(groups)
 
 
-def ours(kind: Any, **options: Any) -> Callable[[nn.Module], Any]:
+def ours(kind: Any, factor: bool = True, **options: Any) -> Callable[[nn.Module], Any]:
     def make(model: nn.Module) -> Any:
         if kind is torch.optim.Muon:
             hidden = umup.param_groups(model, 2**-6, kind, roles={"hidden"}, **options)
+            for group in hidden if not factor else ():
+                group["lr"] = 2**-6
             rest = umup.param_groups(
                 model, 2**-6, "adam", roles=umup.ROLES - {"hidden"}, embedding_rule="mup"
             )
@@ -139,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--only", help="rules whose name contains this")
     args = parser.parse_args()
     torch.set_num_threads(1)
     g = torch.Generator().manual_seed(0)
@@ -158,6 +161,7 @@ def main() -> None:
         "Lion": (mine, ours(Lion)),
         "Muon": (mine, ours(torch.optim.Muon)),
         "Muon, match_rms_adamw": (mine, ours(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")),
+        "Muon without a factor": (mine, ours(torch.optim.Muon, factor=False)),
         "others' SGD": (theirs, lambda m: others(m, torch.optim.SGD)),
         "others' SGD, fan_in^+1/2": (
             theirs,
@@ -170,6 +174,8 @@ def main() -> None:
     }
     header: list[str] = []
     for name, (layers, make_optimizer) in runs.items():
+        if args.only and args.only not in name:
+            continue
         report = check_coordinates(
             partial(model_of, layers),
             args.widths,

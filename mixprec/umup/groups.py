@@ -56,8 +56,9 @@ def param_groups(
         model: anything that `spec` takes.
         lr: base learning rate, the same for all widths; 0 is allowed.
         optimizer: its class, an instance, or the name of a family, see `rules.FAMILIES`.
-        weight_decay: share of a weight that a step at the full learning rate takes away. Norms and
-            biases have none.
+        weight_decay: share of a weight that a step at the full learning rate takes away; the
+            optimizer's own default does not count. Norms and biases have none. SGD's goes through
+            its momentum, which makes it 1 / (1 - momentum) times as large.
         spec: of the model; taken from it if left out.
         roles: those to make groups of. Muon and Shampoo take `{"hidden"}` and leave the rest,
             `umup.ROLES - {"hidden"}`, to AdamW.
