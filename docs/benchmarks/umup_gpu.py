@@ -96,8 +96,8 @@ def overhead(device: str, sizes: list[tuple[int, int]], rounds: int) -> None:
             for mode in ("eager", "compiled"):
                 x, weights = operands(rows, width, device)
                 calls: list[Callable[[], None]] = []
+                torch._dynamo.reset()
                 for function in pair:
-                    torch._dynamo.reset()
                     run = torch.compile(function) if mode == "compiled" else function
                     dy = torch.randn_like(run(x, weights))
 

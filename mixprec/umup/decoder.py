@@ -80,6 +80,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = width // num_heads
+        self.grouped = num_kv_heads != num_heads
         self.logit_multiplier = multiplier / self.head_dim
         self.umup_query = ("query", multiplier * self.head_dim**-0.5)  # for `export`
         self.query = Linear(width, width, bias=False)
@@ -100,7 +101,7 @@ class Attention(nn.Module):
             value,
             is_causal=True,
             scale=self.logit_multiplier,
-            enable_gqa=True,
+            enable_gqa=self.grouped,  # fewer kernels take it
         )
         return self.out(mixed.transpose(-2, -3).flatten(-2))
 
