@@ -8,7 +8,7 @@ import json
 import pickle
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -372,7 +372,7 @@ def test_patterns_decide_over_what_a_module_says() -> None:
 
 
 class Unknown(nn.Module):
-    umup_roles = {"weight": "kernel"}  # noqa: RUF012
+    umup_roles: ClassVar[dict[str, str]] = {"weight": "kernel"}
 
     def __init__(self) -> None:
         super().__init__()

@@ -182,7 +182,7 @@ SWEEPS: dict[tuple[str, str], tuple[range, range]] = {
     ("mlp", "SGD"): (range(-14, -5), range(-7, 2)),
     ("mlp", "Muon"): (range(-7, 1), range(-10, 0)),
     ("decoder", "AdamW"): (range(-5, 2), range(-13, -5)),
-    ("decoder", "SGD"): (range(-13, -4), range(-8, 2)),
+    ("decoder", "SGD"): (range(-13, -5), range(-11, 0)),
     ("decoder", "Muon"): (range(-7, 1), range(-9, -1)),
 }
 OPTIMIZERS = {"AdamW": AdamW, "SGD": SGD, "Muon": Muon}

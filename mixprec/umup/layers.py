@@ -8,13 +8,14 @@ all replace those.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixprec.umup import functional
+from mixprec.umup.roles import Role
 from mixprec.umup.scaling import Constraint
 
 __all__ = [
@@ -100,7 +101,7 @@ class LinearReadout(nn.Linear):
     True
     """
 
-    umup_roles = {"weight": "output", "bias": "bias"}  # noqa: RUF012
+    umup_roles: ClassVar[Mapping[str, Role]] = {"weight": "output", "bias": "bias"}
 
     def __init__(
         self,
@@ -140,13 +141,13 @@ class Embedding(nn.Embedding):
     torch.Size([1, 2, 16])
     """
 
-    umup_roles = {"weight": "embedding"}  # noqa: RUF012
+    umup_roles: ClassVar[Mapping[str, Role]] = {"weight": "embedding"}
 
 
 class _Conv:
     """What the two convolutions share."""
 
-    umup_roles = {"weight": "hidden", "bias": "bias"}  # noqa: RUF012
+    umup_roles: ClassVar[Mapping[str, Role]] = {"weight": "hidden", "bias": "bias"}
     constraint: Constraint | None
 
     def reset_parameters(self) -> None:
@@ -236,7 +237,7 @@ class LayerNorm(nn.LayerNorm):
     [1.0, -1.0]
     """
 
-    umup_roles = {"weight": "norm", "bias": "bias"}  # noqa: RUF012
+    umup_roles: ClassVar[Mapping[str, Role]] = {"weight": "norm", "bias": "bias"}
 
 
 class RMSNorm(nn.RMSNorm):
@@ -248,7 +249,7 @@ class RMSNorm(nn.RMSNorm):
     [1.0, -1.0]
     """
 
-    umup_roles = {"weight": "norm"}  # noqa: RUF012
+    umup_roles: ClassVar[Mapping[str, Role]] = {"weight": "norm"}
 
     def __init__(
         self, normalized_shape: int | Sequence[int], eps: float | None = 1e-5, **options: Any
