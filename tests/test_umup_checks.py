@@ -88,6 +88,34 @@ def test_one_learning_rate_for_all_of_a_plain_model_is_found() -> None:
     assert report.parameters["2.weight"].slope > 0.7
 
 
+PLAIN_ROLES: dict[str, Any] = {"0.weight": "input", "2.weight": "hidden", "4.weight": "output"}
+
+
+def plain_mlp(width: int) -> nn.Module:
+    """No multipliers; initial values by the table."""
+    model = nn.Sequential(
+        nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)
+    )
+    for name, entry in umup.spec(model, PLAIN_ROLES).items():
+        row = umup.rule(entry.role, entry.shape, plain=entry.plain)
+        nn.init.normal_(model.get_parameter(name), std=row.init_std)
+    return model
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_plain_model_with_roles_by_pattern_passes(kind: Any) -> None:
+    def optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        spec = umup.spec(model, PLAIN_ROLES)
+        options: Any = {} if kind is torch.optim.SGD else {"eps": 1e-30}
+        return kind(umup.param_groups(model, 2**-6, kind, spec=spec, **options))
+
+    def loss(model: nn.Module) -> tuple[Tensor, int]:
+        return F.cross_entropy(model(X), Y, reduction="sum"), 32
+
+    report = coordinates(make_model=plain_mlp, loss=loss, make_optimizer=optimizer, seeds=range(8))
+    assert report.ok, str(report)
+
+
 def test_modules_that_are_not_called_and_parameters_that_do_not_move_are_said_to() -> None:
     class Model(nn.Module):
         def __init__(self, width: int) -> None:

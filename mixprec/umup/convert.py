@@ -66,7 +66,8 @@ def apply(
             and the activation leave it below 1.
         reinitialize: draws weights from N(0, 1), by torch's global generator. Weights that were
             trained with other multipliers are of no use.
-        residual_multiplier, attention_ratio, depth_rule: see `functional.branch_multipliers`.
+        residual_multiplier, attention_ratio, depth_rule: see `functional.branch_multipliers`; give
+            the same `depth_rule` to `param_groups`.
         attention_multiplier: of the attention logits, over `1 / head_dim`.
         attention_scale: "leave" keeps logits as they are.
 

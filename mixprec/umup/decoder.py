@@ -149,7 +149,8 @@ class Decoder(nn.Module):
         seq_len: length of training sequences. It sets one multiplier; others can be fed.
         mlp_width: inside SwiGLU; 4 widths by default.
         tied: one weight for embedding and readout.
-        residual_multiplier, attention_ratio, depth_rule: see `functional.branch_multipliers`.
+        residual_multiplier, attention_ratio, depth_rule: see `functional.branch_multipliers`; give
+            the same `depth_rule` to `param_groups`.
         attention_multiplier: of the attention logits, over `1 / head_dim`.
 
     Raises:

@@ -40,6 +40,8 @@ class Entry:
     """Whether its module has no multipliers, so that they have to be inside the weight."""
     names: tuple[str, ...] = ()
     """All names of a tied parameter, its own first."""
+    in_readout: bool = False
+    """Whether it is the readout's bias, whose gradient comes straight from the loss."""
 
     @property
     def fan_in(self) -> int:
@@ -179,10 +181,20 @@ def spec(
     matched: set[str] = set()
     places = list(_walk(model))
     depths = _depths(model, places, stacks)
-    for name, module, local, param in places:
-        if not param.requires_grad:
+    known = {
+        name: _role_of(name, module, local, param, roles, matched)
+        for name, module, local, param in places
+        if param.requires_grad
+    }
+    readouts = {
+        name.removesuffix(local)
+        for name, _, local, _ in places
+        if known.get(name, ("",))[0] == "output"
+    }
+    for name, _, local, param in places:
+        if name not in known:
             continue
-        role, plain = _role_of(name, module, local, param, roles, matched)
+        role, plain = known[name]
         depth = depths.get(name, 1)
         if role == "output" and name in depths:
             raise ValueError(
@@ -190,7 +202,8 @@ def spec(
                 f"gradient would be off against the skip path's. Use umup.layers.Linear inside, or "
                 f"move it out of the stack."
             )
-        entry = Entry(role, tuple(param.shape), depth, plain, (name,))
+        last = role == "bias" and name.removesuffix(local) in readouts
+        entry = Entry(role, tuple(param.shape), depth, plain, (name,), last)
         first = found.get(id(param))
         found[id(param)] = entry if first is None else _tied(first, entry)
     unused = [pattern for pattern in roles if pattern not in matched]

@@ -116,7 +116,7 @@ class Rules:
         depth_rule: "sqrt" gives tensors in residual branches depth^-1/2; "completep" 1.
         adjust_lr_fn: what a Muon multiplies its update by itself; see `ADJUST`.
         readout_fan_in: of a model whose readout is plain, under SGD: its true gradients are smaller
-            by that, so all other learning rates are larger.
+            by that, so the learning rates of all below it are larger.
     """
 
     family: Family
@@ -151,7 +151,8 @@ class Rules:
             lr, formula, std = lr * forward, f"{formula} * A", std * forward
             init = f"N(0, {std:.3g}^2)"
             forward = backward = None
-        if self.family == "sgd" and entry.role != "output" and self.readout_fan_in > 1:
+        below = entry.role not in ("output", "tied") and not entry.in_readout
+        if self.family == "sgd" and below and self.readout_fan_in > 1:
             lr, formula = lr * self.readout_fan_in, f"{formula} * {self.readout_fan_in}"
         lookup = entry.shape[0] ** 0.5 if entry.role == "embedding" else 1.0
         return Rule(
