@@ -192,7 +192,9 @@ def _run(
     seed: int,
 ) -> _Changes:
     """One model's changes; the caller's random state is left alone."""
-    with torch.random.fork_rng():
+    # Named, because torch warns on hosts with several devices otherwise.
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         model = make_model(width)
         optimizer = make_optimizer(model)
