@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 
 from mixprec.logit_chunks import default_chunk_size, losses_and_gradients
-from mixprec.loss_arguments import check_options, check_shapes, operand_dtype, refuse_transforms
+from mixprec.loss_arguments import (
+    check_options,
+    check_shapes,
+    dtype_of_logits,
+    operand_dtype,
+    refuse_transforms,
+)
+from mixprec.softmax_gradient import has_kernel
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
@@ -44,6 +51,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     reduction: Literal["sum", "none"] = "sum",
     recompute: bool = False,
+    logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     num_tokens: int | None = None,
     shift: bool = False,
@@ -75,6 +83,9 @@ def linear_cross_entropy(
         reduction: "sum", or "none" for the loss of each token, which implies `recompute`.
         recompute: computes gradients in the backward pass, from logits made a second time. For a
             loss that is not always differentiated, or more than once, or not last in its graph.
+        logits_dtype: in which the product writes the logits: FP32, or the dtype of `hidden`, half
+            the bytes, whose rounding is then the largest error of the gradients. By default the
+            latter on a CUDA device, where it is faster, and FP32 elsewhere.
         chunk_size: tokens whose logits are alive at once; by default as many as fit 1 GiB, between
             512 and 4096. Changes memory, speed and rounding only.
         num_tokens: number of targets that are no padding, after the shift, where the caller knows
@@ -95,8 +106,9 @@ def linear_cross_entropy(
             `torch.func` and for forward-mode derivatives.
 
     Numerics:
-        Logits and softmax in FP32, from exact products of 16-bit numbers. Logit gradients round to
-        the dtype of `hidden` at unit scale, `softmax - onehot`, whose -1 is exact. Gradients of
+        Softmax in FP32, from exact products of 16-bit numbers, summed in FP32 and rounded to
+        `logits_dtype`. Logit gradients, `softmax - onehot`, round to the dtype of `hidden` at unit
+        scale; what that takes at the target is added to the products in FP32. Gradients of
         weight and bias are summed in FP32 over the chunks and reach a parameter whose `grad_dtype`
         is FP32 as they are; others get them rounded once. The incoming gradient (loss scale, 1/T)
         multiplies in FP32 after all products.
@@ -112,8 +124,9 @@ def linear_cross_entropy(
     """
     check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
     dtype = operand_dtype(hidden, weight, bias)
+    logits_dtype = dtype_of_logits(logits_dtype, dtype, hidden.device)
     if chunk_size is None:
-        chunk_size = default_chunk_size(weight.shape[0], dtype)
+        chunk_size = default_chunk_size(weight.shape[0], logits_dtype)
     check_options(reduction, label_smoothing, softcap, z_loss, chunk_size, num_tokens)
     differentiable = (hidden, weight, bias)
     refuse_transforms(differentiable)
@@ -128,6 +141,7 @@ def linear_cross_entropy(
         float(label_smoothing),
         None if softcap is None else float(softcap),
         float(z_loss),
+        logits_dtype,
         chunk_size,
         num_tokens,
         dtype,
@@ -205,6 +219,7 @@ class _Options(NamedTuple):
     label_smoothing: float
     softcap: float | None
     z_loss: float
+    logits_dtype: torch.dtype
     chunk_size: int
     num_tokens: int | None
     dtype: torch.dtype
@@ -268,22 +283,30 @@ def _evaluate(
 ) -> tuple[Tensor, ...]:
     """Losses, count, gradients. Casts in here, so that none of them is differentiated."""
     operands = (None if t is None else t.to(options.dtype) for t in inputs[:3])
-    return losses_and_gradients(*operands, *inputs[3:], *options[:6], needs)
+    return losses_and_gradients(*operands, *inputs[3:], *options[:7], needs)
 
 
 _BLOCK = 2**20  # elements widened at once
 
 
 def _times_(grad: Tensor, factor: Tensor) -> Tensor:
-    """`grad * factor` in FP32, in place: a 16-bit `mul_` may round the factor first."""
+    """`grad * factor` in FP32, in place: a 16-bit `mul_` may round the factor first.
+
+    A factor of 1 costs no pass over the gradient.
+    """
     if torch.compiler.is_compiling():
         return (grad.to(factor.dtype) * factor).to(grad.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return grad
-    if grad.dtype == factor.dtype:
-        return grad.mul_(factor)
-    for block in grad.view(-1).split(_BLOCK):
-        block.copy_(block.to(factor.dtype) * factor)
+    if has_kernel(grad.device, factor.dtype):
+        from mixprec import cross_entropy_kernels as kernels
+
+        kernels.scale_(grad, factor)
+    elif grad.dtype == factor.dtype:
+        grad.mul_(factor)
+    else:
+        for block in grad.view(-1).split(_BLOCK):
+            block.copy_(block.to(factor.dtype) * factor)
     return grad
 
 

@@ -1,114 +1,49 @@
-"""Logits, one chunk of tokens at a time: made, turned in place into their own gradients, and gone.
+"""A chunk of tokens at a time: logits made, turned in place into their own gradients, and gone.
 
-For one token with logits z, target y and log-sum-exp l, the loss and its gradient are
+    logits = hidden weight^T,    dhidden = dlogits weight,    dweight += dlogits^T hidden
 
-    loss = a (l - z_y) + s sum_c w_c (l - z_c) + z_loss l^2
-    dloss/dz_c = (a + s sum_c w_c + 2 z_loss l) p_c - a [c = y] - s w_c,    p = softmax(z)
+What happens to the logits of a chunk is in `softmax_gradient.py`. Here are the products. Sums that
+go on over chunks are FP32, and so are those of the remainders, which the rounding of dlogits took
+at the targets: times a row of the weight in dhidden, times a hidden state in dweight.
 
-with class weights w, s = label_smoothing / V and a = (1 - label_smoothing) w_y; plainly p - onehot.
-That is the gradient of a sum, at unit scale: its -1 is exact in 16 bits, as 1/T is not, and its
-p are as large as they get, so FP16 flushes the fewest. What the loss is multiplied by later comes
-to the gradients in FP32, after the matrix products.
-
-`softmax_gradient_` is the whole elementwise part, in plain torch, with several passes over the
-chunk. `losses_and_gradients` is an operator, so that a compiler sees neither the loop nor the
-number of tokens, which depends on the data.
+`losses_and_gradients` is an operator, so that a compiler sees neither the loop nor the number of
+tokens, which depends on the data.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-__all__ = ["default_chunk_size", "losses_and_gradients", "softmax_gradient_"]
+from mixprec.softmax_gradient import LossTerms, Rows, has_kernel, softmax_gradient_
+
+__all__ = ["default_chunk_size", "losses_and_gradients", "wide"]
 
 _SLAB_BYTES = 2**30
 # Each chunk of C tokens reads and writes the FP32 weight gradient once. By an H200's peak rates
 # that takes 245 / C of the time of the products: 6 % at 4096, half at 512.
 _MOST_TOKENS = 4096
 _FEWEST_TOKENS = 512
+_TILE = 128  # tokens of one tile of a product
+_ALIGNMENT = 64  # elements: rows that start at multiples of 128 bytes are read in whole lines
 
 
-def default_chunk_size(vocab: int, dtype: torch.dtype) -> int:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: FP32, or FP64 for FP64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def default_chunk_size(vocab: int, logits_dtype: torch.dtype) -> int:
     """Tokens a chunk: the power of two in [512, 4096] whose logits fit 1 GiB.
 
-    A logit takes 4 bytes, and its gradient 2 more beside them if `dtype` has 16 bits.
-
     >>> import torch
-    >>> default_chunk_size(50304, torch.bfloat16), default_chunk_size(128256, torch.bfloat16)
-    (2048, 1024)
+    >>> default_chunk_size(128256, torch.bfloat16), default_chunk_size(128256, torch.float32)
+    (4096, 2048)
     """
-    bytes_per_logit = 4 + 2 if dtype.itemsize == 2 else dtype.itemsize
-    fitting = max(_SLAB_BYTES // (bytes_per_logit * max(vocab, 1)), 1)
+    fitting = max(_SLAB_BYTES // (logits_dtype.itemsize * max(vocab, 1)), 1)
     return min(max(1 << (fitting.bit_length() - 1), _FEWEST_TOKENS), _MOST_TOKENS)
-
-
-def softmax_gradient_(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    class_weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    softcap: float | None = None,
-    z_loss: float = 0.0,
-    gradient: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Losses and log-sum-exps of `logits`, which become the gradient of the losses' sum.
-
-    In place, without a second slab (softcap takes one, for its slope); a kernel may take its place.
-
-    Args:
-        logits: before the softcap, `[tokens, vocab]`, FP32 or FP64; overwritten.
-        targets: `[tokens]`, int64, all in `[0, vocab)`.
-        class_weight: `[vocab]`, of the logits' dtype; weights the cross entropy, not the z-loss.
-        token_weight: `[tokens]`, of the logits' dtype; multiplies losses and gradients.
-        gradient: False leaves `logits` with no meaning.
-
-    Returns:
-        Losses and log-sum-exps, `[tokens]`, of the logits' dtype.
-
-    >>> import torch
-    >>> logits = torch.zeros(1, 4)
-    >>> losses, lse = softmax_gradient_(logits, torch.tensor([2]))
-    >>> logits
-    tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
-    """
-    slope = None
-    if softcap is not None:
-        logits.div_(softcap).tanh_()
-        slope = 1 - logits.square() if gradient else None
-        logits.mul_(softcap)
-    column = targets[:, None]
-    hit = torch.full_like(targets, 1 - label_smoothing, dtype=logits.dtype)
-    if class_weight is not None:
-        hit *= class_weight[targets]
-    picked = logits.gather(1, column).squeeze(1)
-    spread = label_smoothing / logits.shape[1]
-    weight_sum: Tensor | int = logits.shape[1] if class_weight is None else class_weight.sum()
-    weighted: Tensor | float = 0.0
-    if spread:
-        weighted = logits.sum(1) if class_weight is None else logits @ class_weight
-
-    top = logits.amax(1)
-    total = logits.sub_(top[:, None]).exp_().sum(1)
-    lse = top + total.log()
-
-    losses = hit * (lse - picked)
-    if spread:
-        losses += spread * (weight_sum * lse - weighted)
-    if z_loss:
-        losses += z_loss * lse.square()
-    if gradient:
-        logits.mul_(((hit + spread * weight_sum + 2 * z_loss * lse) / total)[:, None])
-        if spread:
-            logits.sub_(spread if class_weight is None else spread * class_weight)
-        logits.scatter_add_(1, column, -hit[:, None])
-        if slope is not None:
-            logits.mul_(slope)
-        if token_weight is not None:
-            logits.mul_(token_weight[:, None])
-    return losses if token_weight is None else losses * token_weight, lse
 
 
 def _losses_and_gradients(
@@ -122,6 +57,7 @@ def _losses_and_gradients(
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
+    logits_dtype: torch.dtype,
     chunk_size: int,
     num_tokens: int | None,
     needs: list[bool],
@@ -132,60 +68,138 @@ def _losses_and_gradients(
     FP32 (FP64 for FP64), those that `needs` does not ask for are empty.
     """
     kept = _rows_kept(targets, weight.shape[0], ignore_index, num_tokens)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    class_weight = None if class_weight is None else class_weight.to(dtype)
-    losses = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
-    grads = _empty_gradients(hidden, weight, needs)
-    for grad in grads:
-        grad.zero_()
+    dtype = wide(hidden.dtype)
+    terms = LossTerms(
+        None if bias is None else bias.contiguous(),
+        None if class_weight is None else class_weight.to(dtype).contiguous(),
+        label_smoothing,
+        softcap,
+        z_loss,
+    )
     # 16-bit operands with FP32 sums are CUDA's alone; elsewhere operands are widened, values kept.
-    operand = hidden.dtype if hidden.is_cuda else dtype
-    matrix = weight.to(operand)
-    slab = torch.empty(min(chunk_size, len(kept)), len(weight), dtype=dtype, device=hidden.device)
+    matrix = weight.to(hidden.dtype if hidden.is_cuda else dtype)
+    losses = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
+    remainders = torch.zeros_like(losses)
+    grads = _empty_gradients(hidden, weight, needs)
+    _zero_what_no_product_writes(grads, kept, targets)
+    slab = None
     with torch.autocast(hidden.device.type, enabled=False):  # it would round FP32 operands
-        for start in range(0, len(kept), chunk_size):
-            rows = kept[start : start + chunk_size]
-            states = hidden[rows].to(operand)
-            logits = _multiply_into(slab[: len(rows)], states, matrix.T)
-            if bias is not None:
-                logits.add_(bias)
-            losses[rows], _ = softmax_gradient_(
-                logits,
-                targets[rows],
-                class_weight=class_weight,
-                token_weight=None if token_weight is None else token_weight[rows].to(dtype),
-                label_smoothing=label_smoothing,
-                softcap=softcap,
-                z_loss=z_loss,
-                gradient=any(needs),
+        for rows in _chunks(kept, len(targets), chunk_size):
+            first = slab is None
+            states, labels = hidden[rows].to(matrix.dtype), targets[rows].contiguous()
+            if slab is None:
+                slab = _slab(len(labels), matrix, logits_dtype)
+            logits = _multiply_into(slab[: len(labels)], states, matrix.T)
+            done = softmax_gradient_(
+                _with_the_values_of(logits_dtype, logits),
+                labels,
+                terms,
+                None if token_weight is None else token_weight[rows].to(dtype).contiguous(),
+                rounded_to=hidden.dtype if any(needs) else None,
             )
-            if any(needs):
-                _add_gradients_(grads, needs, rows, _rounded(logits, hidden), states, matrix)
+            losses[rows] = done.losses
+            if done.remainders is not None:
+                remainders[rows] = done.remainders
+                _add_gradients_(grads, needs, rows, labels, done, states, matrix, first)
+        if hidden.dtype.itemsize == 2:
+            _add_remainders_(grads, needs, kept, targets, remainders, hidden)
     return losses, (targets != ignore_index).sum(), *grads
 
 
-def _rounded(logits: Tensor, hidden: Tensor) -> Tensor:
-    """`logits` with the values of the dtype of `hidden`; on a CPU too, to show what they lose."""
-    rounded = logits.to(hidden.dtype)
-    return rounded if hidden.is_cuda else logits.copy_(rounded)
+def _zero_what_no_product_writes(grads: tuple[Tensor, ...], kept: Tensor, targets: Tensor) -> None:
+    by_hidden, by_weight, by_bias = grads
+    by_bias.zero_()
+    if len(kept) < len(targets):
+        by_hidden.zero_()
+    if not len(kept):
+        by_weight.zero_()
+
+
+def _chunks(kept: Tensor, tokens: int, chunk_size: int) -> Iterator[slice | Tensor]:
+    """Rows of chunks of about equal size; slices where nothing is padding, which copy nothing."""
+    chunks = max(-(-len(kept) // chunk_size), 1)
+    size = min(-(-len(kept) // (chunks * _TILE)) * _TILE, chunk_size)
+    for start in range(0, len(kept), max(size, 1)):
+        whole = slice(start, min(start + size, tokens))
+        yield whole if len(kept) == tokens else kept[whole]
+
+
+def _slab(tokens: int, matrix: Tensor, logits_dtype: torch.dtype) -> Tensor:
+    """Memory for the logits of a chunk; without a kernel they are FP32 or FP64."""
+    kernel = has_kernel(matrix.device, logits_dtype)
+    vocab = len(matrix)
+    return torch.empty(
+        tokens,
+        -(-vocab // _ALIGNMENT) * _ALIGNMENT,
+        dtype=logits_dtype if kernel else wide(logits_dtype),
+        device=matrix.device,
+    )[:, :vocab]
+
+
+def _with_the_values_of(dtype: torch.dtype, logits: Tensor) -> Tensor:
+    """`logits`, rounded in place as a product that writes `dtype` would have rounded them."""
+    return logits if logits.dtype == dtype else logits.copy_(logits.to(dtype))
 
 
 def _add_gradients_(
     grads: tuple[Tensor, ...],
     needs: list[bool],
-    rows: Tensor,
-    grad_logits: Tensor,
+    rows: slice | Tensor,
+    labels: Tensor,
+    done: Rows,
     states: Tensor,
     matrix: Tensor,
+    first: bool,
 ) -> None:
     """Multiply the logit gradients of `rows` into the gradients that are needed."""
     by_hidden, by_weight, by_bias = grads
-    if needs[0]:
-        by_hidden[rows] = (grad_logits @ matrix).to(by_hidden.dtype)
-    if needs[1]:
-        _add_product_(by_weight, grad_logits.T, states)
+    grad_logits, remainders = done.gradient, done.remainders
+    assert grad_logits is not None and remainders is not None
     if needs[2]:
         by_bias.add_(grad_logits.sum(0, dtype=by_bias.dtype))
+    if needs[1]:
+        multiply = _multiply_into if first else _add_product_
+        multiply(by_weight, grad_logits.T, states)
+    if needs[0]:
+        in_place = isinstance(rows, slice) and by_hidden.dtype == matrix.dtype
+        out = by_hidden[rows] if in_place else torch.empty_like(states)
+        if by_hidden.dtype.itemsize == 2:
+            # At most 2^-9 of a row of the weight, so 16 bits hold it; the sum is FP32.
+            torch.index_select(matrix, 0, labels, out=out)
+            out.mul_(remainders[:, None]).addmm_(grad_logits, matrix)
+        else:
+            torch.mm(grad_logits, matrix, out=out)
+        if not in_place:
+            by_hidden[rows] = out.to(by_hidden.dtype)
+
+
+def _add_remainders_(
+    grads: tuple[Tensor, ...],
+    needs: list[bool],
+    kept: Tensor,
+    targets: Tensor,
+    remainders: Tensor,
+    hidden: Tensor,
+) -> None:
+    """Add the remainders to the gradients of weight and bias, in a fixed order."""
+    _, by_weight, by_bias = grads
+    if needs[1]:
+        _add_by_target_(by_weight, kept, targets, remainders, hidden)
+    if needs[2]:
+        _add_by_target_(by_bias[:, None], kept, targets, remainders, torch.ones_like(hidden[:, :1]))
+
+
+def _add_by_target_(
+    sums: Tensor, kept: Tensor, targets: Tensor, factors: Tensor, states: Tensor
+) -> None:
+    """`sums[targets[i]] += factors[i] * states[i]` for all i in `kept`."""
+    if has_kernel(sums.device, sums.dtype):
+        from mixprec import cross_entropy_kernels as kernels
+
+        kernels.add_products_by_target_(sums, targets[kept], factors[kept], states, kept)
+        return
+    for rows in kept.split(_FEWEST_TOKENS):
+        sums.index_add_(0, targets[rows], factors[rows, None] * states[rows])
 
 
 losses_and_gradients = torch.library.custom_op(
@@ -195,7 +209,8 @@ losses_and_gradients = torch.library.custom_op(
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight, "
         "Tensor? token_weight, SymInt ignore_index, float label_smoothing, float? softcap, "
-        "float z_loss, SymInt chunk_size, SymInt? num_tokens, bool[] needs) "
+        "float z_loss, ScalarType logits_dtype, SymInt chunk_size, SymInt? num_tokens, "
+        "bool[] needs) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -213,17 +228,18 @@ def _(
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
+    logits_dtype: torch.dtype,
     chunk_size: int,
     num_tokens: int | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = wide(hidden.dtype)
     losses = hidden.new_empty(targets.shape, dtype=dtype)
     return losses, targets.new_empty(()), *_empty_gradients(hidden, weight, needs)
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    dtype = wide(hidden.dtype)
     return (
         hidden.new_empty(hidden.shape if needs[0] else (0,)),
         hidden.new_empty(weight.shape if needs[1] else (0,), dtype=dtype),

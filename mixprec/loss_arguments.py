@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["check_options", "check_shapes", "operand_dtype", "refuse_transforms"]
+__all__ = [
+    "check_options",
+    "check_shapes",
+    "dtype_of_logits",
+    "operand_dtype",
+    "refuse_transforms",
+]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -31,6 +37,21 @@ def operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.
             f"choose: cast one, or run under torch.autocast"
         )
     return hidden.dtype
+
+
+def dtype_of_logits(
+    asked: torch.dtype | None, operands: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """FP32 (FP64 for FP64), or the dtype of 16-bit operands: the faster one of them, or `asked`."""
+    wide = torch.promote_types(operands, torch.float32)
+    if asked is None:
+        return operands if device.type == "cuda" else wide
+    if asked not in (wide, operands):
+        raise ValueError(
+            f"logits_dtype is {asked}; for hidden states in {operands} it must be "
+            + " or ".join(str(dtype) for dtype in dict.fromkeys((wide, operands)))
+        )
+    return asked
 
 
 def check_shapes(

@@ -1,0 +1,215 @@
+"""Kernels of the cross entropy against plain torch; on a GPU, or by Triton's interpreter.
+
+Without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_cross_entropy_kernels.py
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixprec.softmax_gradient import LossTerms, front_of_rows, softmax_gradient_
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter, in lanes masked out
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(),
+        reason="needs a CUDA device or TRITON_INTERPRET=1",
+    ),
+]
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+KINDS = [(BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32)]
+"""Dtypes of logits and of their gradient."""
+
+TERMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": True},
+    "smoothing": {"label_smoothing": 0.1},
+    "class weight": {"class_weight": True},
+    "class weight and smoothing": {"class_weight": True, "label_smoothing": 0.3},
+    "softcap": {"softcap": 3.0},
+    "z-loss": {"z_loss": 0.01},
+    "token weight": {"token_weight": True},
+    "everything": {
+        "bias": True,
+        "class_weight": True,
+        "label_smoothing": 0.1,
+        "softcap": 3.0,
+        "z_loss": 0.01,
+        "token_weight": True,
+    },
+}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def case(tokens: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits whose rows are longer than the vocabulary, as in a slab, and targets."""
+    g = seeded()
+    stride = -(-vocab // 64) * 64
+    logits = (3 * torch.randn(tokens, stride, generator=g)).to(DEVICE, dtype)[:, :vocab]
+    return logits, torch.randint(vocab, (tokens,), generator=g).to(DEVICE)
+
+
+def filled(name: str, tokens: int, vocab: int) -> tuple[LossTerms, Tensor | None]:
+    g = seeded(1)
+    tensors: dict[str, Any] = {
+        "class_weight": torch.rand(vocab, generator=g).to(DEVICE),
+        "bias": torch.randn(vocab, generator=g).to(DEVICE, BF16),
+    }
+    token_weight = torch.rand(tokens, generator=g).to(DEVICE)
+    terms: dict[str, Any] = {k: tensors.get(k, v) for k, v in TERMS[name].items()}
+    weighted = terms.pop("token_weight", False)
+    return LossTerms(**terms), token_weight if weighted else None
+
+
+def in_fp64(
+    logits: Tensor, targets: Tensor, terms: LossTerms, token_weight: Tensor | None
+) -> tuple[Any, Tensor]:
+    """What plain torch makes of the same logits in FP64, and its unrounded gradient."""
+    bias, class_weight = (None if t is None else t.double() for t in terms[:2])
+    wide = terms._replace(bias=bias, class_weight=class_weight)
+    weight = None if token_weight is None else token_weight.double()
+    exact = logits.double()  # has no kernel
+    rows = softmax_gradient_(exact, targets, wide, weight, rounded_to=FP64)
+    return rows, exact
+
+
+def by_kernel(
+    logits: Tensor,
+    gradient: Tensor | None,
+    targets: Tensor,
+    terms: LossTerms,
+    token_weight: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from mixprec.cross_entropy_kernels import loss_and_gradient_
+
+    return loss_and_gradient_(logits, gradient, targets, token_weight, *terms)
+
+
+def close(found: Tensor, exact: Tensor, *, rtol: float, atol: float, what: str) -> None:
+    off = (found.double() - exact).abs() - rtol * exact.abs()
+    worst = int(off.argmax())
+    assert off.flatten()[worst] <= atol, (
+        f"{what}: at {worst} of {list(exact.shape)} found {found.flatten()[worst].item()}, "
+        f"in FP64 {exact.flatten()[worst].item()}"
+    )
+
+
+@pytest.mark.parametrize(("logits_dtype", "dtype"), KINDS)
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("vocab", [1, 50, 8192, 20_001])
+def test_rows_are_those_of_fp64(
+    vocab: int, name: str, logits_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    tokens = 3 if INTERPRETED else 37
+    logits, targets = case(tokens, vocab, logits_dtype)
+    terms, token_weight = filled(name, tokens, vocab)
+    rows, exact = in_fp64(logits, targets, terms, token_weight)
+    gradient = front_of_rows(logits, dtype)
+    losses, lses, remainders = by_kernel(logits, gradient, targets, terms, token_weight)
+    # A few FP32 roundings of numbers up to 20; exponentials by the fast instruction, 2^-22.
+    close(losses, rows.losses, rtol=4e-6, atol=4e-6, what="losses")
+    close(lses, rows.log_sum_exps, rtol=1e-6, atol=2e-6, what="log-sum-exps")
+    # The interpreter cuts BF16 off where a GPU rounds.
+    half_spacing = torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
+    tiny = 2**-25 if dtype == FP16 else 0.0  # half of FP16's smallest number
+    close(gradient, exact, rtol=half_spacing + 1e-5, atol=3e-6 + tiny, what="gradient")
+    at = targets[:, None]
+    whole = gradient.gather(1, at).squeeze(1).double() + remainders
+    close(whole, exact.gather(1, at).squeeze(1), rtol=1e-5, atol=3e-6, what="at the target")
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("logits_dtype", [BF16, FP32])
+def test_losses_alone_leave_the_logits_as_they_are(name: str, logits_dtype: torch.dtype) -> None:
+    logits, targets = case(3, 10_000, logits_dtype)
+    before = logits.clone()
+    terms, token_weight = filled(name, 3, 10_000)
+    losses, lses, _ = by_kernel(logits, None, targets, terms, token_weight)
+    assert torch.equal(logits, before)
+    again = by_kernel(logits, front_of_rows(logits, BF16), targets, terms, token_weight)
+    assert torch.equal(losses, again[0])
+    assert torch.equal(lses, again[1])
+
+
+def test_front_half_is_written_after_it_was_read() -> None:
+    """The same gradient in memory of its own."""
+    tokens = 2 if INTERPRETED else 500
+    logits, targets = case(tokens, 20_001, FP32)
+    apart = torch.empty(tokens, 20_001, dtype=BF16, device=DEVICE)
+    by_kernel(logits, apart, targets, LossTerms(), None)
+    gradient = front_of_rows(logits, BF16)
+    by_kernel(logits, gradient, targets, LossTerms(), None)
+    wrong = (gradient != apart).nonzero()
+    assert not len(wrong), f"{len(wrong)} elements differ, the first at {wrong[0].tolist()}"
+
+
+def test_a_class_barred_by_minus_infinity_gets_nothing_even_a_whole_block_of_them() -> None:
+    logits, targets = case(2, 20_000, FP32)
+    bias = torch.zeros(20_000, device=DEVICE)
+    bias[:9000] = -torch.inf
+    targets.fill_(12_345)
+    exact = (logits.double() + bias).log_softmax(1)
+    gradient = front_of_rows(logits, BF16)
+    losses, _, _ = by_kernel(logits, gradient, targets, LossTerms(bias), None)
+    close(losses, -exact[:, 12_345], rtol=1e-6, atol=1e-6, what="losses")
+    assert (gradient[:, :9000] == 0).all()
+    assert gradient.isfinite().all()
+
+
+def test_nan_in_a_logit_reaches_the_loss() -> None:
+    logits, targets = case(2, 9000, BF16)
+    logits[1, 8500] = torch.nan
+    losses, _, _ = by_kernel(logits, None, targets, LossTerms(), None)
+    assert losses.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("targets", ["random", "all equal", "few"])
+@pytest.mark.parametrize("width", [1, 64, 300])
+def test_products_are_added_by_target_in_a_fixed_order(width: int, targets: str) -> None:
+    g = seeded()
+    tokens, vocab = 60, 40
+    of = {"random": 40, "all equal": 1, "few": 3}[targets]
+    labels = torch.randint(of, (tokens,), generator=g).to(DEVICE)
+    factors = torch.randn(tokens, generator=g).to(DEVICE)
+    states = torch.randn(100, width, generator=g).to(DEVICE, BF16)
+    rows = torch.randperm(100, generator=g)[:tokens].to(DEVICE)
+    start = torch.randn(vocab, width, generator=g).to(DEVICE)
+
+    from mixprec.cross_entropy_kernels import add_products_by_target_
+
+    sums, again = start.clone(), start.clone()
+    add_products_by_target_(sums, labels, factors, states, rows)
+    add_products_by_target_(again, labels, factors, states, rows)
+    expected = start.double()
+    expected.index_add_(0, labels, factors[:, None].double() * states[rows].double())
+    close(sums, expected, rtol=0, atol=2e-5, what="sums")
+    assert torch.equal(sums, again)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_scaling_multiplies_in_fp32_and_one_writes_nothing(dtype: torch.dtype) -> None:
+    from mixprec.cross_entropy_kernels import scale_
+
+    values = torch.randn(3, 10_001, generator=seeded()).to(DEVICE, dtype)
+    for factor in (1.0, 1 / 7021):
+        root = torch.tensor(factor, device=DEVICE)
+        scaled = values.clone()
+        scale_(scaled, root)
+        if not (INTERPRETED and dtype == BF16):  # the interpreter cuts off instead of rounding
+            assert torch.equal(scaled, (values.float() * root).to(dtype))
+    scale_(values[:0], torch.ones((), device=DEVICE))
