@@ -31,7 +31,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixprec.inner import GroupValues, StandIns, copy_marks, fill_buckets, rule_of, same
+from mixprec.inner import (
+    GroupValues,
+    StandIns,
+    copy_marks,
+    fill_buckets,
+    map_leaves,
+    rule_of,
+    same,
+)
 
 GRADIENT_SIZES = (1.0, 1e-3, 30.0, 1.0, 1.0, 1e6, 1.0, 1.0)
 """Gradient size of each trial step: both sides of clipping thresholds, past periods of 5 steps."""
@@ -337,20 +345,24 @@ def _corner(entry: dict[str, Any], param: Tensor, shape: tuple[int, ...]) -> dic
     """A parameter's state with what is shaped like the parameter cut to `shape`."""
     corner = tuple(slice(0, size) for size in shape)
 
-    def cut(value: Any) -> Any:
+    def cut(_name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.shape == param.shape:
             return value[corner].clone()
         return copy.deepcopy(value)
 
-    return {key: cut(value) for key, value in entry.items()}
+    return {key: map_leaves(cut, key, value) for key, value in entry.items()}
 
 
 def _trial_shapes(params: Sequence[Tensor]) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
-    """Two small shapes for each number of dimensions among `params`, like theirs where small."""
-    seen: set[int] = set()
+    """Two small shapes for each number of dimensions among `params`, like theirs where small.
+
+    Parameters of one element are tried apart: a rule may take them for numbers.
+    """
+    seen: set[tuple[int, bool]] = set()
     for param in params:
-        if param.ndim not in seen and param.numel():
-            seen.add(param.ndim)
+        kind = (param.ndim, param.numel() == 1)
+        if kind not in seen and param.numel():
+            seen.add(kind)
             yield param, tuple(min(size, 6) for size in param.shape)
             yield param, tuple(min(size, 4) for size in param.shape)
 

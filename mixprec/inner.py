@@ -210,6 +210,17 @@ def fill_buckets(
     return [dict(sorted(bucket.items())) for bucket in buckets if bucket]
 
 
+def map_leaves(change: Callable[[str, Any], Any], name: str, value: Any) -> Any:
+    """`change(name, value)`, or for a collection the same with each item, called `name[key]`."""
+    if type(value) is dict:
+        items = cast(dict[Any, Any], value).items()
+        return {key: map_leaves(change, f"{name}[{key}]", item) for key, item in items}
+    if type(value) not in (list, tuple, deque):
+        return change(name, value)
+    mapped = [map_leaves(change, f"{name}[{i}]", item) for i, item in enumerate(value)]
+    return deque(mapped, value.maxlen) if isinstance(value, deque) else type(value)(mapped)
+
+
 def same(left: Any, right: Any) -> bool:
     """Equality of nested values, bit by bit for tensors (a NaN equals itself)."""
     if left is right:

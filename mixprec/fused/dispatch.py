@@ -6,6 +6,11 @@ gradient or its states becomes an operation of `program.OPERATIONS`, with the nu
 list; the rest (step counts, bias corrections, learning rates held in tensors) just runs. Operations
 on lists of tensors (`torch._foreach_*`) are written down tensor by tensor, in-place ones as new
 values, so a rule reads the same however it was coded.
+
+A sum, mean, norm or largest value over all elements of one tensor is written down as an operation
+too. Its result, and what is computed of such results alone, is one number of the tensor, `per
+tensor` below. Nothing may read it: a rule whose Python code looks at a norm (`if norm > 1`) takes a
+way that no number known in advance decides.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixprec.fused.program import BOOLEAN
+from mixprec.fused.program import BOOLEAN, NUMEL, REDUCTIONS
 
 RawOp = tuple[str, tuple[str, ...], str]
 """Name, inputs, output. `%3` is the value of the operation 3, `#3` the scalar 3."""
@@ -37,21 +42,26 @@ class Recorder(TorchDispatchMode):
     no memory is used twice.
     """
 
-    def __init__(self, roots: Mapping[str, Tensor]) -> None:
+    def __init__(self, roots: Mapping[str, Tensor], reduced: Mapping[str, Tensor]) -> None:
+        """Begin with values of elements in `roots` and with one-element tensors in `reduced`."""
         super().__init__()
         self.ops: list[RawOp] = []
         self.scalars: list[float] = []
-        self.numel = next(iter(roots.values())).numel()
-        self._values = {_memory(tensor): name for name, tensor in roots.items()}
+        master = next(iter(roots.values()))
+        self.numel, self._shape = master.numel(), master.shape
+        tensors = {**roots, **reduced}
+        self._values = {_memory(tensor): name for name, tensor in tensors.items()}
         self.booleans: set[str] = set()
-        self._alive = [tensor.detach() for tensor in roots.values()]
+        self.reduced = tuple(reduced)
+        self.per_tensor: set[str] = {NUMEL, *reduced}
+        self._alive = [tensor.detach() for tensor in tensors.values()]
 
     def value_of(self, value: Any) -> str | None:
-        """The value that lies in a tensor now, if it is one of elements."""
+        """The value that lies in a tensor now, if it comes of elements."""
         return self._values.get(_memory(value)) if isinstance(value, Tensor) else None
 
     def holds(self, value: Any) -> bool:
-        """Whether tensors of elements are anywhere inside."""
+        """Whether tensors with such values are anywhere inside."""
         return any(self.value_of(tensor) is not None for tensor in _tensors(value))
 
     def __torch_dispatch__(
@@ -65,13 +75,14 @@ class Recorder(TorchDispatchMode):
             return self._foreach(func, name, args, kwargs)
         if not self._sees(args, kwargs):
             result = self.call(func, args, kwargs, seen=False)
-            if name in _FACTORIES and result.numel() == self.numel:
+            if name in _FACTORIES and self.makes_elements(args, result):
                 self._record(func, name, args, kwargs, result)
             return result
         if name in _READS:
-            raise NotFusible(f"it reads values of elements ({_called(func)})")
+            raise NotFusible(_what_it_reads(func, name))
+        before = self._before(name, args)
         result = self.call(func, args, kwargs, seen=True)
-        self._record(func, name, args, kwargs, result)
+        self._record(func, name, before, kwargs, args[0] if _is_in_place(name) else result)
         return result
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], *, seen: bool) -> Any:
@@ -90,34 +101,52 @@ class Recorder(TorchDispatchMode):
 
     def _foreach(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """Record what happens to each tensor of the lists."""
-        # Operands are encoded after the call, which an in-place one must not change.
-        before = [_shallow(arg) for arg in args]
+        before = self._before(name, [_shallow(arg) for arg in args])
+        targets = args[0]
         results = self.call(func, args, kwargs, seen=self._sees(args, kwargs))
+        if not _is_in_place(name):
+            targets = results
         for place in range(next(len(arg) for arg in args if isinstance(arg, (list, tuple)))):
             single = [arg[place] if isinstance(arg, (list, tuple)) else arg for arg in before]
             named = {k: v[place] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
             if self._sees(single, named):
-                result = single[0] if results is None else results[place]
                 short = name.removeprefix("_foreach_")
-                self._record(func, short, single, named, result)
+                self._record(func, short, single, named, targets[place])
         return results
 
+    def _before(self, name: str, args: Any) -> Any:
+        """The operands of an operation, which are encoded after it ran, as it finds them."""
+        if not _is_in_place(name):
+            return args
+        own = [self._own_number(tensor) for tensor in _listed(args[0])]
+        return [own if isinstance(args[0], list) else own[0], *args[1:]]
+
+    def _own_number(self, tensor: Tensor) -> Tensor:
+        is_number = tensor.numel() == 1 and self.value_of(tensor) is None
+        return tensor.clone() if is_number else tensor
+
     def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        in_place = name.endswith("_") and not name.endswith("__")
-        base = name[:-1] if in_place else name
+        """Write down that an operation on `args` made `result`, which may be its first argument."""
+        base = name[:-1] if _is_in_place(name) else name
         if base in _VIEWS:
             self._check_view(func, args[0], result)
             return
-        if base in MAKERS and result.numel() != self.numel:
+        if base in MAKERS and not self.makes_elements(args, result):
             return  # of another size: refused where it meets an element
+        if base in _REDUCTIONS:
+            self._check_reduction(func, args, result)
         translate = _TRANSLATIONS.get(base)
         if translate is None:
             raise NotFusible(_why_not(func))
-        target: Tensor = args[0] if in_place else kwargs.get("out", result)
+        target: Tensor = kwargs.get("out", result)
         rest = args[1:] if base in _OVERWRITES else args
         operands = [self._operand(func, arg) for arg in rest]
         named = {k: self._operand(func, v) for k, v in kwargs.items() if k not in _IGNORED}
-        self._bind(func, target, translate(self, *operands, **named))
+        if base in _OVERWRITES and self._is_reset(target, operands):
+            value = self.emit("float", operands[0] if operands else 0.0)
+        else:
+            value = translate(self, *operands, **named)
+        self._bind(func, target, value)
 
     def _operand(self, func: Any, arg: Any) -> Any:
         """A value's name, a number, or what else an operation takes, unchanged."""
@@ -135,13 +164,42 @@ class Recorder(TorchDispatchMode):
             f"the parameter, nor its gradient, nor its state"
         )
 
+    def makes_elements(self, args: Any, result: Tensor) -> bool:
+        """Whether a tensor made of a kind or a shape is one of elements."""
+        if args and self.value_of(args[0]) in self.per_tensor:
+            return False
+        # Of one element are numbers too, though mostly of no dimensions.
+        return result.shape == self._shape if self.numel == 1 else result.numel() == self.numel
+
+    def _check_reduction(self, func: Any, args: Any, result: Any) -> None:
+        if not isinstance(result, Tensor) or result.numel() != 1:
+            raise NotFusible(f"{_called(func)} reduces over some dimensions only")
+        for arg in args:
+            if self.value_of(arg) in self.per_tensor and arg.numel() != 1:
+                raise NotFusible(_why_not(func))  # over copies of a number
+
     def _check_view(self, func: Any, viewed: Tensor, result: Any) -> None:
+        if self.value_of(viewed) in self.per_tensor:
+            for tensor in _tensors(result):
+                if tensor.numel() not in (1, self.numel):
+                    raise NotFusible(_why_not(func))
+                self._keep(tensor, self._values[_memory(viewed)])
+            return
         whole = isinstance(result, Tensor) and result.numel() == self.numel
         if not whole or not result.is_contiguous() or result.dtype != viewed.dtype:
             raise NotFusible(_why_not(func))
 
+    def _is_reset(self, target: Tensor, operands: list[Any]) -> bool:
+        """Whether a number known in advance is written over one of the data."""
+        over = self.value_of(target) in self.per_tensor
+        return over and not any(isinstance(operand, str) for operand in operands)
+
     def _bind(self, func: Any, target: Tensor, value: str) -> None:
-        if target.numel() != self.numel:
+        memory = _memory(target)
+        one = target.numel() == 1 and self._values.get(memory, value) in self.per_tensor
+        if value in self.per_tensor and not one:
+            value = self.emit("full", value)
+        if not one and target.numel() != self.numel:
             raise NotFusible(
                 f"{_called(func)} makes {target.numel()} values of {self.numel}: it mixes elements"
             )
@@ -149,8 +207,11 @@ class Recorder(TorchDispatchMode):
             kind = str(target.dtype).removeprefix("torch.")
             raise NotFusible(f"{_called(func)} computes in {kind}, and kernels compute in FP32")
         value = self._as_number(value) if target.dtype == torch.float32 else self._as_truth(value)
-        self._values[_memory(target)] = value
-        self._alive.append(target)
+        self._keep(target, value)
+
+    def _keep(self, tensor: Tensor, value: str) -> None:
+        self._values[_memory(tensor)] = value
+        self._alive.append(tensor)
 
     def emit(self, name: str, *inputs: Any) -> str:
         """Record an operation on values and numbers; returns the name of its value."""
@@ -162,6 +223,9 @@ class Recorder(TorchDispatchMode):
             inputs = tuple(map(self._as_number, inputs))
         named = tuple(map(self._named, inputs))
         output = f"%{len(self.ops)}"
+        of_numbers = all(i in self.per_tensor or i[0] == "#" for i in named)
+        if name in REDUCTIONS or (of_numbers and name not in _OF_ELEMENTS):
+            self.per_tensor.add(output)
         self.ops.append((name, named, output))
         if name in BOOLEAN:
             self.booleans.add(output)
@@ -203,8 +267,22 @@ def _shallow(arg: Any) -> Any:
     return list(arg) if isinstance(arg, (list, tuple)) else arg
 
 
+def _listed(arg: Any) -> list[Tensor]:
+    return arg if isinstance(arg, list) else [arg]
+
+
+def _is_in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
 def _called(func: Any) -> str:
     return str(func._schema.name).replace("aten::", "torch.")
+
+
+def _what_it_reads(func: Any, name: str) -> str:
+    if name == "_local_scalar_dense":
+        return "its Python code looks at a number of the data, by item() or in an if"
+    return f"it reads values of elements ({_called(func)})"
 
 
 def _why_not(func: Any) -> str:
@@ -217,17 +295,25 @@ _READS = {"_local_scalar_dense", "equal", "is_nonzero", "allclose", "item", "is_
 
 _VIEWS = {
     *("view", "_unsafe_view", "_reshape_alias", "detach", "alias", "unsqueeze", "squeeze"),
-    *("expand", "as_strided", "t", "transpose", "permute", "slice", "select"),
+    *("expand", "as_strided", "t", "transpose", "permute", "slice", "select", "unbind"),
+    *("split", "split_with_sizes"),
 }
 """What names memory anew: fine if it names all of it, in order."""
 
 _FACTORIES = {"zeros", "ones", "full", "empty", "empty_strided"}
 
-MAKERS = {*_FACTORIES, "new_zeros", "new_ones", "new_full", "new_empty"}
+MAKERS = {
+    *_FACTORIES,
+    *(f"new_{name}" for name in ("zeros", "ones", "full", "empty")),
+    *(f"{name}_like" for name in ("zeros", "ones", "full", "empty")),
+}
 """What gives nothing of a tensor but its kind."""
 
 _OVERWRITES = {"copy", "fill", "zero"}
 """What gives its first argument a value that does not depend on the old one."""
+
+_OF_ELEMENTS = {"zeros", "ones", "full"}
+"""Operations that make a value of elements of numbers."""
 
 _LOGIC = {"logical_and", "logical_or", "logical_xor", "logical_not"}
 
@@ -315,8 +401,62 @@ def _copy(r: Recorder, source: _Value, *_rest: object) -> str:
     return source if isinstance(source, str) else r.emit("full", source)
 
 
-def _same_value(r: Recorder, a: _Value, *_rest: object) -> str:
-    return cast(str, a)
+def _same_value(r: Recorder, a: str, *_rest: object) -> str:
+    return a
+
+
+def _joined(name: str) -> Callable[..., str]:
+    """`torch.stack` or `cat` of one number of the tensor; lists of them come from foreach code."""
+
+    def join(r: Recorder, parts: list[_Value], *_rest: object) -> str:
+        if len(parts) != 1 or parts[0] not in r.per_tensor:
+            raise NotFusible(f"torch.{name} is not element-wise")
+        return parts[0]
+
+    return join
+
+
+def _sum(r: Recorder, a: str, *_dims: object) -> str:
+    return a if a in r.per_tensor else r.emit("sum", a)
+
+
+def _mean(r: Recorder, a: str, *_dims: object) -> str:
+    return a if a in r.per_tensor else r.emit("div", _sum(r, a), NUMEL)
+
+
+def _largest(r: Recorder, a: str, *_dims: object) -> str:
+    return a if a in r.per_tensor else r.emit("amax", a)
+
+
+def _smallest(r: Recorder, a: str, *_dims: object) -> str:
+    return a if a in r.per_tensor else r.emit("amin", a)
+
+
+def _norm(r: Recorder, a: str, p: float | None = 2, *_dims: object) -> str:
+    if p is None or p == 2:
+        return r.emit("sqrt", _sum(r, r.emit("square", a)))
+    size = r.emit("abs", a)
+    if p in (math.inf, -math.inf):
+        return (_largest if p > 0 else _smallest)(r, size)
+    if p == 0:
+        return _sum(r, r.emit("float", r.emit("ne", a, 0.0)))
+    return _sum(r, size) if p == 1 else _pow(r, _sum(r, _pow(r, size, p)), 1 / p)
+
+
+def _dot(r: Recorder, a: str, b: str) -> str:
+    return _sum(r, r.emit("mul", a, b))
+
+
+def _var(
+    r: Recorder, a: str, *_dims: object, correction: float | None = None, keepdim: bool = False
+) -> str:
+    apart = r.emit("square", r.emit("sub", a, _mean(r, a)))
+    lost = 1 if correction is None else correction
+    return r.emit("div", _sum(r, apart), r.emit("sub", NUMEL, lost))
+
+
+def _std(r: Recorder, a: str, *_dims: object, **kinds: Any) -> str:
+    return r.emit("sqrt", _var(r, a, **kinds))
 
 
 def _zeros(r: Recorder, *_: object) -> str:
@@ -341,7 +481,20 @@ _PLAIN = (
     "lt le gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign"
 ).split()
 
+_REDUCTIONS: dict[str, Callable[..., str]] = {
+    "sum": _sum,
+    "mean": _mean,
+    "dot": _dot,
+    "std": _std,
+    "var": _var,
+    **dict.fromkeys(("amax", "max"), _largest),
+    **dict.fromkeys(("amin", "min"), _smallest),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
+}
+"""Over all elements of one tensor."""
+
 _TRANSLATIONS: dict[str, Callable[..., str]] = {
+    **_REDUCTIONS,
     **{name: _plain(name) for name in _PLAIN},
     **{name: _plain("max") for name in ("maximum", "clamp_min")},
     **{name: _plain("min") for name in ("minimum", "clamp_max")},
@@ -349,7 +502,7 @@ _TRANSLATIONS: dict[str, Callable[..., str]] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _zeros),
     **dict.fromkeys(("empty", "empty_like", "new_empty", "empty_strided"), _zeros),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _ones),
-    **dict.fromkeys(("full_like", "full", "new_full", "fill"), _full),
+    **dict.fromkeys(("full_like", "full", "new_full"), _full),
     "add": _add,
     "sub": _sub,
     "rsub": _rsub,
@@ -363,6 +516,9 @@ _TRANSLATIONS: dict[str, Callable[..., str]] = {
     "index_put": _index_put,
     "nan_to_num": _nan_to_num,
     "copy": _copy,
+    "fill": _copy,
+    "stack": _joined("stack"),
+    "cat": _joined("cat"),
     "clone": _same_value,
     "contiguous": _same_value,
     "_to_copy": _same_value,

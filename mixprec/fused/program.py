@@ -7,9 +7,16 @@ assignment form: every operation makes a new value from values and scalars made 
     exp_avg'                the value that a state (or the master) leaves the step with
     t0, t1                  in between
     s0, s1                  scalars: learning rate, betas, bias corrections, ... of this step
+    r0, r1                  one number of the whole tensor: a sum over its elements, a norm, ...
+    numel                   how many elements the tensor has
 
 The scalars are no part of the program. They come from the host at each step, computed in FP64 as
 the rule computes them, and rounded to FP32 once. So one program serves all steps.
+
+A reduction (`sum`, `amax`, `amin`) makes one number out of a value of all elements of one tensor.
+What is computed of such numbers and scalars alone is again one number of the tensor; beside a value
+of elements it stands at every element. A mean is `sum(x) / numel`, a norm `sqrt(sum(x^2))`. Some
+rules keep such a number from step to step (NovoGrad's second moment): a *reduced* state.
 
 `Program.run` interprets it in plain torch: in FP32, with torch's own kernel for each operation, in
 the order recorded. It is the reference that a generated kernel is compared with, and where the
@@ -30,15 +37,16 @@ from torch import Tensor
 
 MASTER = "master"
 GRAD = "grad"
+NUMEL = "numel"
 
-_OURS = re.compile(r"[st]\d+|master|grad")
+_OURS = re.compile(r"[rst]\d+|master|grad|numel")
 
 
 def is_free_name(name: object) -> bool:
     """Whether a state of this name can be told from the names that a program makes.
 
-    >>> is_free_name("exp_avg"), is_free_name("t0")
-    (True, False)
+    >>> is_free_name("exp_avg"), is_free_name("t0"), is_free_name("numel")
+    (True, False, False)
     """
     return isinstance(name, str) and not _OURS.fullmatch(name) and "'" not in name
 
@@ -61,6 +69,7 @@ class Program:
         outputs: pairs of what is updated (`master` or a state) and the value it gets. What is not
             named keeps its value; a state that is named and not read is made by this step.
         num_scalars: how many scalars `ops` read, `s0` to `s{num_scalars - 1}`.
+        reduced: those states, read or updated, that are one number of the tensor.
 
     >>> program = Program((Op("add_scaled", ("master", "grad", "s0"), "master'"),),
     ...                   (("master", "master'"),), 1)
@@ -73,14 +82,21 @@ class Program:
     ops: tuple[Op, ...]
     outputs: tuple[tuple[str, str], ...]
     num_scalars: int
+    reduced: tuple[str, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What the step begins with and needs, in order of first use."""
-        made = {op.output for op in self.ops}
+        """What the step begins with and needs, in order of first use, but for `numel`."""
+        made = {NUMEL, *(op.output for op in self.ops)}
         used = [name for op in self.ops for name in op.inputs if not _is_scalar(name)]
         used += [value for _, value in self.outputs]
         return tuple(dict.fromkeys(name for name in used if name not in made))
+
+    @property
+    def per_tensor(self) -> frozenset[str]:
+        """The values that are one number of the tensor, by name; all others are of elements."""
+        states = {name for state in self.reduced for name in (state, f"{state}'")}
+        return frozenset({NUMEL, *states, *(op.output for op in self.ops if _is_r(op.output))})
 
     @property
     def writes(self) -> tuple[str, ...]:
@@ -99,7 +115,8 @@ class Program:
         Args:
             master: FP32, any shape.
             grad: FP32, of the same shape, already unscaled and clipped.
-            states: those that the program reads, FP32, of the same shape.
+            states: those that the program reads, FP32, of the same shape; reduced ones of one
+                element, and returned without dimensions.
             scalars: `num_scalars` numbers, rounded to FP32 here.
         """
         if len(scalars) != self.num_scalars:
@@ -108,14 +125,17 @@ class Program:
                 f"take them from the recording that the program came with"
             )
         values: dict[str, Any] = {**states, MASTER: master, GRAD: grad}
+        values[NUMEL] = torch.full((), master.numel(), dtype=torch.float32, device=master.device)
+        values.update((name, states[name].reshape(())) for name in self.reduced if name in states)
+        per_tensor = self.per_tensor
         rounded: list[float] = torch.as_tensor(scalars, dtype=torch.float32).tolist()
         values.update((f"s{index}", value) for index, value in enumerate(rounded))
         with torch.no_grad():
             for op in self.ops:
                 inputs = [values[name] for name in op.inputs]
-                # Some operations have no tensor among their inputs, only the shape of the master.
                 result = OPERATIONS[op.name].compute(*inputs)
-                values[op.output] = _filled(master, result)
+                # Some operations have no value of elements among their inputs.
+                values[op.output] = result if op.output in per_tensor else _filled(master, result)
         results = {name: values[value] for name, value in self.outputs}
         return results.pop(MASTER, master), results
 
@@ -134,8 +154,12 @@ def _is_scalar(name: str) -> bool:
     return name[0] == "s" and name[1:].isdigit()
 
 
+def _is_r(name: str) -> bool:
+    return name[0] == "r" and name[1:].isdigit()
+
+
 def _is_temporary(name: str) -> bool:
-    return name[0] == "t" and name[1:].isdigit()
+    return name[0] in "rt" and name[1:].isdigit()
 
 
 def _filled(like: Tensor, result: Tensor | float) -> Tensor:
@@ -211,7 +235,15 @@ _LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
 BOOLEAN = frozenset({*_COMPARISONS, *_LOGICAL, "isfinite", "isnan", "isinf", "logical_not"})
 """Operations whose result is true or false."""
 
+REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.sum,
+    "amax": torch.amax,
+    "amin": torch.amin,
+}
+"""Operations that make one number out of a value of all elements."""
+
 OPERATIONS: dict[str, Operation] = {
+    **{name: _function(name, compute) for name, compute in REDUCTIONS.items()},
     **{name: _function(name, getattr(torch, name)) for name in _UNARY},
     "neg": Operation(torch.neg, "-{}", _PRODUCT, (_ATOM,)),
     "reciprocal": Operation(torch.reciprocal, "1 / {}", _PRODUCT, (_ATOM,)),
@@ -281,7 +313,8 @@ def _formula(program: Program) -> str:
             for (text, level), need in zip(inputs, operation.needs, strict=True)
         ]
         text = operation.template.format(*places)
-        if _is_temporary(op.output) and uses[op.output] == 1 and op.output not in results:
+        kept = op.name in REDUCTIONS or op.output in results or uses[op.output] != 1
+        if _is_temporary(op.output) and not kept:
             texts[op.output] = (text, operation.level)
         else:
             lines.append(f"{op.output} = {text}")

@@ -15,16 +15,21 @@ changed, so a kernel made for one serves until the rule takes another branch (RA
 
 A recording never looks at values of elements, and a rule that does is refused: nothing in it would
 follow from the numbers alone. Refused are also operations that mix elements (products of matrices,
-sums, sorting, indexing), random numbers, other precisions than FP32, and per-element data kept
-outside of the parameter's state. What this cannot see, such as a number taken from the shape of the
-probe, is found by trying (`fused.admission`).
+sums over some dimensions, sorting, indexing), random numbers, other precisions than FP32, and data
+kept outside of the parameter's state. What this cannot see, such as a number taken from the shape
+of the probe, is found by trying (`fused.admission`).
+
+Sums and norms over all elements of a tensor are part of the program. A one-element tensor in the
+state that holds such a number (NovoGrad's second moment) depends on data, and is read and written
+by the program; one that holds a step count is a number, lifted. Only the recorder can tell the two
+apart, by where they come from.
 """
 
 from __future__ import annotations
 
 import copy
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -37,12 +42,13 @@ from mixprec.admission import Manner, twin_of
 from mixprec.fused.dispatch import NotFusible, RawOp, Recorder
 from mixprec.fused.program import GRAD, MASTER, Op, Program, is_free_name
 from mixprec.fused.sizes import NumbersOnHost, SizeRecorder
-from mixprec.inner import copy_marks, rule_of, same
+from mixprec.inner import copy_marks, map_leaves, rule_of, same
 
 PROBE_SIZES = (7, 11, 2, 3, 2, 3)
 """The probe's shape, cut to its number of dimensions: no square, and never a shape of a trial."""
 
-# Other ways to do the same: one program serves them all, and the plain loop is the one to record.
+# Other ways to do the same: one program serves them all. The plain loop is recorded first; where
+# it looks at a norm, the list code may select with `torch.where` instead, to spare the GPU a stop.
 _IMPLEMENTATIONS = ("foreach", "fused", "capturable")
 
 _NOT_VALUES = ("params", "param_names")
@@ -51,29 +57,93 @@ _PLAIN_VALUES = (int, float, str, type(None))
 
 
 @dataclass(frozen=True)
+class Element:
+    """The place of a tensor of elements in a list, deque or dict that a rule keeps."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class RuleState:
     """What a rule keeps for a parameter, without the values of its elements.
 
     Attributes:
-        numbers: entries that are the same for all elements: step counts, flags, None.
-        elements: names of the entries that are tensors of the parameter's shape.
+        numbers: entries that are known in advance: step counts, flags, None; collections, with an
+            `Element` in the place of each tensor of the parameter's shape.
+        elements: names of the tensors of the parameter's shape. One in a collection is called
+            `queue[0]` or `buffers[0.9]`, by its index or key.
+        reduced: names of the entries that hold one number of the data, and their tensors' shapes.
     """
 
     numbers: Mapping[str, Any] = field(default_factory=dict)
     elements: tuple[str, ...] = ()
+    reduced: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
-    def of(entry: Mapping[str, Any], param: Tensor) -> RuleState:
+    def of(entry: Mapping[str, Any], param: Tensor, reduced: Collection[str] = ()) -> RuleState:
         """That of a parameter's entry in an optimizer's `state`, without its `master`.
+
+        Args:
+            entry: the rule's own entries.
+            param: the parameter, for its shape.
+            reduced: names of entries that hold numbers of the data, as the rule's recordings or
+                its admission give them.
 
         >>> import torch
         >>> entry = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2)}
-        >>> RuleState.of(entry, torch.zeros(2, 2))
-        RuleState(numbers={'step': tensor(3.)}, elements=('exp_avg',))
+        >>> state = RuleState.of(entry, torch.zeros(2, 2))
+        >>> state.numbers, state.elements
+        ({'step': tensor(3.)}, ('exp_avg',))
         """
-        names = tuple(k for k, v in entry.items() if k != MASTER and _is_like(v, param))
-        numbers = {k: v for k, v in entry.items() if k != MASTER and k not in names}
-        return RuleState(numbers, names)
+        elements: list[str] = []
+
+        def place(name: str, value: Any) -> Any:
+            if not _is_like(value, param):
+                return value
+            elements.append(name)
+            return Element(name)
+
+        kept = {k: v for k, v in entry.items() if k != MASTER}
+        shapes = {k: tuple(v.shape) for k, v in kept.items() if k in reduced and is_one(v)}
+        numbers = {k: map_leaves(place, k, v) for k, v in kept.items() if k not in shapes}
+        return RuleState(_without_elements(numbers), tuple(elements), shapes)
+
+    def tensors(self, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The tensors of elements and reduced ones in an optimizer's entry, by their names here."""
+        names = {*self.elements, *self.reduced}
+        found: dict[str, Tensor] = {}
+
+        def take(name: str, value: Any) -> Any:
+            if name in names:
+                found[name] = value
+
+        for name, value in entry.items():
+            map_leaves(take, name, value)
+        return found
+
+    def entry(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """An optimizer's entry of this state: its numbers, and `tensors` by their names here.
+
+        >>> import torch
+        >>> entry = {"step": 3, "queue": [torch.ones(2)]}
+        >>> state = RuleState.of(entry, torch.zeros(2))
+        >>> state.elements
+        ('queue[0]',)
+        >>> state.entry({"queue[0]": torch.zeros(2)})
+        {'step': 3, 'queue': [tensor([0., 0.])]}
+        """
+
+        placed: set[str] = set()
+
+        def fill(_name: str, value: Any) -> Any:
+            if not isinstance(value, Element):
+                return _own(value)
+            placed.add(value.name)
+            return tensors[value.name]
+
+        filled = {name: map_leaves(fill, name, value) for name, value in self.numbers.items()}
+        names = [name for name in (*self.elements, *self.reduced) if name not in placed]
+        return {**filled, **{name: tensors[name] for name in names}}
 
 
 @dataclass(frozen=True)
@@ -86,6 +156,7 @@ class Recording:
         state: numbers and names of the parameter's state after the step.
         group: values of the group that the rule changed, by key (counters such as `k`).
         shared: entries of the optimizer's state under keys that are no parameters, if changed.
+        attributes: those of the optimizer itself that the rule changed (counters, too).
     """
 
     program: Program
@@ -93,18 +164,25 @@ class Recording:
     state: RuleState
     group: dict[str, Any]
     shared: dict[Any, Any]
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
-def kind_of(param: Tensor) -> tuple[Any, ...]:
-    """What a rule may read of a parameter, other than its values and sizes; a hashable key."""
-    return (param.ndim, *((name, repr(value)) for name, value in sorted(vars(param).items())))
+def kind_of(param: Tensor, *, by_size: bool = False) -> tuple[Any, ...]:
+    """What a rule may read of a parameter, other than its values; a hashable key.
+
+    Without its sizes, unless `by_size` (`FusedAdmission.by_size`) says that the rule reads them.
+    """
+    marks = ((name, repr(value)) for name, value in sorted(vars(param).items()))
+    return (tuple(param.shape) if by_size else param.ndim, *marks)
 
 
 class Probe:
     """Records the rule of a group for parameters such as `like`, on a twin of the optimizer.
 
     One probe serves all parameters of a group of one kind (`kind_of`), since rules may read how
-    many dimensions a parameter has and what attributes. Its sizes are for `check_size`.
+    many dimensions a parameter has and what attributes. Its sizes are for `check_size`, unless the
+    rule's scalars depend on them: with `by_size` the probe has the sizes of `like`, and no data.
+    States named in `reduced` are written by the program even where their value is known.
 
     The optimizer itself, its groups, its state and torch's random state are never written to. A
     probe keeps nothing from step to step but its programs: a step begins with the group's values
@@ -120,14 +198,24 @@ class Probe:
     s0 = 0.5, s1 = -0.1
     """
 
-    def __init__(self, inner: Optimizer, index: int, like: Tensor) -> None:
+    def __init__(
+        self,
+        inner: Optimizer,
+        index: int,
+        like: Tensor,
+        *,
+        by_size: bool = False,
+        reduced: Collection[str] = (),
+    ) -> None:
+        self._foreach = False
         if like.ndim == 0:
             raise NotFusible("a parameter of no dimensions looks like the numbers of the rule")
-        self._inner, self._index = inner, index
+        self._inner, self._index, self._reduced = inner, index, reduced
         self._programs: dict[Any, tuple[Program, tuple[int, ...]]] = {}
         twin, _ = twin_of(inner, Manner("steady"))
-        sizes = (PROBE_SIZES * like.ndim)[: like.ndim]
-        self._param = nn.Parameter(torch.full(sizes, 0.5, dtype=torch.float32))
+        sizes = like.shape if by_size else (PROBE_SIZES * like.ndim)[: like.ndim]
+        device = "meta" if by_size else "cpu"
+        self._param = nn.Parameter(torch.full(sizes, 0.5, dtype=torch.float32, device=device))
         copy_marks(like, self._param)
         self._group: dict[str, Any] = twin.param_groups[index]
         twin.param_groups = [self._group]
@@ -147,98 +235,136 @@ class Probe:
             NotFusible: if the step is not an element-wise function of parameter, gradient and
                 states with scalars known in advance.
         """
-        return self._record(self._param, self._elements, state)
+        recording = self._record(self._param, self._elements, state)
+        if self._param.is_meta and any(map(_is_meta, recording.state.numbers.values())):
+            raise NotFusible("its state has numbers that only data would show")
+        return recording
 
-    def check_size(self, sizes: Sequence[int]) -> None:
+    def check_size(
+        self, sizes: Sequence[int], state: RuleState | None = None, *, by_size: bool = False
+    ) -> None:
         """Raise NotFusible unless a parameter of these sizes is stepped by the same programs.
 
-        The first two steps are recorded on a tensor that has its size and no data. A rule that
-        scales its learning rate by the fan-in, or has another way with large tensors, shows itself.
+        The first two steps, or two from `state`, are recorded on a tensor that has its size and no
+        data. A rule that scales its learning rate by the fan-in shows itself, unless `by_size`
+        allows for other scalars; one that has another way with large tensors does in any case.
         """
         param = nn.Parameter(torch.empty(tuple(sizes), dtype=torch.float32, device="meta"))
         copy_marks(self._param, param)
         elements: dict[str, Tensor] = {}
-        state = RuleState()
+        state = RuleState() if state is None else state
         for _ in range(2):
             small, large = self.step(state), self._record(param, elements, state)
-            if not _agree(small, large):
+            if not (_same_program if by_size else _agree)(small, large):
                 raise NotFusible(f"its step depends on the parameter's sizes, here {list(sizes)}")
             state = small.state
 
     def _record(
         self, param: nn.Parameter, elements: dict[str, Tensor], state: RuleState
     ) -> Recording:
+        """The step by the implementation that was recorded last, else by the other one."""
+        refusals: dict[bool, NotFusible] = {}
+        for foreach in (self._foreach, not self._foreach):
+            try:
+                recording = self._record_as(foreach, param, elements, state)
+            except NotFusible as error:
+                refusals[foreach] = error
+            except Exception:
+                if not refusals:
+                    raise
+            else:
+                self._foreach = foreach
+                return recording
+        raise refusals[min(refusals)]
+
+    def _record_as(
+        self,
+        foreach: bool,
+        param: nn.Parameter,
+        elements: dict[str, Tensor],
+        state: RuleState,
+    ) -> Recording:
         before = _taken(self._inner.param_groups[self._index])
-        attributes = _plain(self._inner)
-        self._load(param, before, attributes)
+        self._load(param, before, foreach)
+        attributes = _plain(self._twin)
         grad = param.grad = torch.full_like(param, 0.25, requires_grad=False)
         for name in state.elements:
             if name not in elements:
                 elements[name] = torch.full_like(param, 0.5, requires_grad=False)
         kept = {name: elements[name] for name in state.elements}
-        if state.numbers or kept:
-            numbers = {name: _own(value) for name, value in state.numbers.items()}
-            self._twin.state[param] = {**numbers, **kept}
+        reduced = {k: torch.full(v, 0.5, device=param.device) for k, v in state.reduced.items()}
+        if state.numbers or kept or reduced:
+            self._twin.state[param] = state.entry({**kept, **reduced})
         roots = {MASTER: param, GRAD: grad, **kept}
-        recorder = SizeRecorder(roots) if param.is_meta else Recorder(roots)
+        recorder = (SizeRecorder if param.is_meta else Recorder)(roots, reduced)
         with recorder, NumbersOnHost() if param.is_meta else nullcontext(), torch.enable_grad():
             self._rule(self._twin)
-        if changes := _changes(_plain(self._twin), attributes):
-            raise NotFusible(
-                f"it counts on the optimizer itself, in its attribute {next(iter(changes))!r}"
-            )
-        return self._recording(recorder, param, before)
+        changed = _changes(_plain(self._twin), attributes)
+        return self._recording(recorder, param, before, changed)
 
-    def _load(
-        self, param: nn.Parameter, group: Mapping[str, Any], attributes: Mapping[str, Any]
-    ) -> None:
+    def _load(self, param: nn.Parameter, group: Mapping[str, Any], foreach: bool) -> None:
         """Make the twin what the optimizer is now, with `param` for its only parameter."""
+        attributes = _plain(self._inner)
         for key in [k for k in self._group if k not in group and k not in _NOT_VALUES]:
             del self._group[key]
         self._group.update((key, _own(value)) for key, value in group.items())
-        self._group.update((key, False) for key in _IMPLEMENTATIONS if key in group)
+        chosen = {**dict.fromkeys(_IMPLEMENTATIONS, False), "foreach": foreach}
+        self._group.update((key, value) for key, value in chosen.items() if key in group)
         self._group["params"][:] = [param]
         for key in _plain(self._twin).keys() - attributes.keys():
             delattr(self._twin, key)
         vars(self._twin).update(attributes)
+        if "foreach" in attributes:
+            self._twin.foreach = foreach
         self._twin.state = defaultdict(dict, _shared(self._inner))
 
     def _recording(
-        self, recorder: Recorder, param: nn.Parameter, before: dict[str, Any]
+        self,
+        recorder: Recorder,
+        param: nn.Parameter,
+        before: dict[str, Any],
+        attributes: dict[str, Any],
     ) -> Recording:
-        numbers: dict[str, Any] = {}
         results = {MASTER: recorder.value_of(param)}
-        for name, value in (self._twin.state.get(param) or {}).items():
-            if (result := recorder.value_of(value)) is not None:
-                if value.dtype != torch.float32:
-                    raise NotFusible(f"state[{name!r}] is {value.dtype}, not FP32")
-                if not is_free_name(name):
-                    raise NotFusible(f"a state called {name!r} looks like a value of the program")
-                results[name] = result
-                continue
-            if recorder.holds(value):
-                raise NotFusible(f"it keeps per-element tensors inside of state[{name!r}]")
-            numbers[name] = value
+        reduced: dict[str, tuple[int, ...]] = {}
+
+        def place(name: str, value: Any) -> Any:
+            result = recorder.value_of(value)
+            if result is None and name in self._reduced and is_one(value):
+                result = recorder.emit("float", _known(value))
+            if result is None:
+                return value
+            _check_kept(name, value)
+            results[name] = result
+            if result in recorder.per_tensor:
+                reduced[name] = tuple(value.shape)
+            return Element(name)
+
+        entry: dict[str, Any] = self._twin.state.get(param) or {}
+        numbers = _without_elements({k: map_leaves(place, k, v) for k, v in entry.items()})
+        if key := next((k for k in reduced if k not in entry), None):
+            raise NotFusible(f"it keeps a number of the data inside of a collection, as {key}")
         group = _changes(self._group, before)
         shared = _changes(self._twin.state, _shared(self._inner))
         if key := next((k for k, v in {**group, **shared}.items() if recorder.holds(v)), None):
-            raise NotFusible(f"it keeps per-element tensors under {key!r}, outside of their state")
-        program, kept = self._program(recorder, results)
+            raise NotFusible(f"it keeps what depends on data under {key!r}, outside of its state")
+        program, kept = self._program(recorder, results, (*recorder.reduced, *reduced))
         scalars = tuple(recorder.scalars[index] for index in kept)
-        elements = tuple(name for name in results if name != MASTER)
-        return Recording(program, scalars, RuleState(numbers, elements), group, shared)
+        elements = tuple(name for name in results if name not in (MASTER, *reduced))
+        state = RuleState(numbers, elements, reduced)
+        return Recording(program, scalars, state, group, shared, attributes)
 
     def _program(
-        self, recorder: Recorder, results: dict[str, str | None]
+        self, recorder: Recorder, results: dict[str, str | None], reduced: tuple[str, ...]
     ) -> tuple[Program, tuple[int, ...]]:
         """The program, and which of the recorded scalars it reads; made once for each sequence."""
         if results[MASTER] is None:
             raise NotFusible("it gave the parameter data that does not come from the parameter")
-        key = (tuple(recorder.ops), tuple(results.items()))
+        key = (tuple(recorder.ops), tuple(results.items()), reduced)
         known = self._programs.get(key)
         if known is None:
             outputs = {k: v for k, v in results.items() if v is not None and v != k}
-            known = self._programs[key] = _tidied(recorder.ops, outputs)
+            known = self._programs[key] = _tidied(recorder, outputs, reduced)
         return known
 
 
@@ -259,15 +385,26 @@ def _plain(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
+def _same_program(left: Recording, right: Recording) -> bool:
+    """Whether two recordings differ in numbers at most."""
+    return (
+        left.program == right.program
+        and left.state.elements == right.state.elements
+        and left.state.reduced == right.state.reduced
+    )
+
+
 def _agree(left: Recording, right: Recording) -> bool:
     """Whether two recordings say the same, as far as the second one has values to compare."""
     numbers = {k: v for k, v in right.state.numbers.items() if not _is_meta(v)}
     return (
-        left.program == right.program
+        _same_program(left, right)
         and same(left.scalars, right.scalars)
-        and left.state.elements == right.state.elements
         and same({k: left.state.numbers.get(k) for k in numbers}, numbers)
-        and same((left.group, left.shared), (right.group, right.shared))
+        and same(
+            (left.group, left.shared, left.attributes),
+            (right.group, right.shared, right.attributes),
+        )
     )
 
 
@@ -294,13 +431,39 @@ def _own(value: Any) -> Any:
     return copy.deepcopy(value) if isinstance(value, (dict, list, deque)) else value
 
 
+def _known(value: Tensor) -> float:
+    if value.is_meta:
+        raise NotFusible("its state has numbers that only data would show")
+    return float(value)
+
+
+def is_one(value: Any) -> bool:
+    """Whether a value may be a number of the data that a rule keeps."""
+    return isinstance(value, Tensor) and value.numel() == 1 and value.dtype == torch.float32
+
+
 def _is_like(value: Any, param: Tensor) -> bool:
     like = isinstance(value, Tensor) and value.shape == param.shape and param.ndim > 0
     return like and value.is_floating_point()
 
 
-def _tidied(raw: list[RawOp], outputs: dict[str, str]) -> tuple[Program, tuple[int, ...]]:
+def _without_elements(numbers: dict[str, Any]) -> dict[str, Any]:
+    """Without entries that are a tensor of elements themselves."""
+    return {name: value for name, value in numbers.items() if not isinstance(value, Element)}
+
+
+def _check_kept(name: str, value: Tensor) -> None:
+    if value.dtype != torch.float32:
+        raise NotFusible(f"state[{name!r}] is {value.dtype}, not FP32")
+    if not is_free_name(name):
+        raise NotFusible(f"a state called {name!r} looks like a value of the program")
+
+
+def _tidied(
+    recorder: Recorder, outputs: dict[str, str], reduced: tuple[str, ...]
+) -> tuple[Program, tuple[int, ...]]:
     """The program without what no output depends on, named afresh, and the scalars it keeps."""
+    raw, per_tensor = recorder.ops, recorder.per_tensor
     needed = set(outputs.values())
     live: list[RawOp] = []
     for op in reversed(raw):
@@ -314,15 +477,19 @@ def _tidied(raw: list[RawOp], outputs: dict[str, str]) -> tuple[Program, tuple[i
         if value in made:
             names.setdefault(value, f"{name}'")
     scalars: list[str] = []
-    temporaries = 0
+    counts = {"t": 0, "r": 0}
     ops: list[Op] = []
     for name, inputs, output in live:
         for scalar in (i for i in inputs if i[0] == "#"):
             names[scalar] = f"s{len(scalars)}"
             scalars.append(scalar)
         if output not in names:
-            names[output] = f"t{temporaries}"
-            temporaries += 1
+            letter = "r" if output in per_tensor else "t"
+            names[output] = f"{letter}{counts[letter]}"
+            counts[letter] += 1
         ops.append(Op(name, tuple(names.get(i, i) for i in inputs), names[output]))
     results = tuple((name, names.get(value, value)) for name, value in outputs.items())
-    return Program(tuple(ops), results, len(scalars)), tuple(int(s[1:]) for s in scalars)
+    touched = {name for op in ops for name in op.inputs} | {n for pair in results for n in pair}
+    reduced = tuple(name for name in dict.fromkeys(reduced) if name in touched)
+    program = Program(tuple(ops), results, len(scalars), reduced)
+    return program, tuple(int(s[1:]) for s in scalars)
