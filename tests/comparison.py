@@ -78,7 +78,7 @@ def compare(
     and goes on from its checkpoint with an optimizer built anew; its masters are compared with the
     run that never stopped. That is "unable" where the bare rule cannot do it either.
     """
-    with _process_group(recipe.collective), warnings.catch_warnings(record=True) as given:
+    with process_group(recipe.collective), warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         try:
             bare = _Run(recipe, dtype, masters)
@@ -338,7 +338,7 @@ def _number(loss: Any) -> float | None:
 
 
 @contextmanager
-def _process_group(wanted: bool) -> Generator[None]:
+def process_group(wanted: bool) -> Generator[None]:
     """A process group of this one process, for rules that gather."""
     if wanted:
         store = torch.distributed.HashStore()

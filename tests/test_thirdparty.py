@@ -7,15 +7,18 @@ import importlib.util
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comparison import STORAGES, Masters, Outcome, compare
+from interpreted import Interpreted
 from rules import Recipe, torch_recipes
 from thirdparty_rules import other_recipes, pytorch_optimizer_recipes
 
+from mixprec.fused.admission import SPACING, TOLERANCE
 from mixprec.optimizer import MixedPrecision
 
 pytestmark = pytest.mark.thirdparty
@@ -36,6 +39,18 @@ with warnings.catch_warnings():
     for package in PACKAGES:
         pytest.importorskip(package, reason=NO_EXTRA)
 
+
+def _rule_table() -> Any:
+    path = ROOT / "docs" / "benchmarks" / "rule_table.py"
+    spec = importlib.util.spec_from_file_location("rule_table", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["rule_table"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLE = _rule_table()
 REGISTRY = pytorch_optimizer_recipes()
 OTHERS = other_recipes()
 RUNNABLE = [recipe for recipe in REGISTRY + OTHERS if not recipe.unable]
@@ -108,6 +123,112 @@ def test_at_least_110_rules_of_pytorch_optimizer_are_exact_at_every_option() -> 
     assert sum(result.values()) >= 110
 
 
+TIER_1 = (
+    *("torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW", "torch.optim.NAdam"),
+    *("torch.optim.RAdam", "torch.optim.RMSprop", "torch.optim.Adagrad", "torch.optim.Adamax"),
+    *("torch.optim.Adadelta", "torch.optim.ASGD", "torch.optim.Rprop"),
+    *("lion", "adan", "adabelief", "adopt", "ademamix", "mars", "schedulefreeadamw"),
+    *("lamb", "lars", "novograd", "stableadamw", "fromage", "adanorm", "a2grad", "fadam"),
+    *("adapnm", "pnm", "sgdsai", "gravity", "adammini", "amos", "aggmo", "adashift", "stablespam"),
+    *("schedulefree.AdamWScheduleFree", "schedulefree.SGDScheduleFree", "lion_pytorch.Lion"),
+)
+"""Rules that must be fused at their default options, among others."""
+
+COUPLED = (
+    *("adagc", "adai", "adams", "asgd", "avagrad", "emofact", "kron", "prodigy", "ranger21"),
+    *("dadaptadagrad", "dadaptadam", "dadaptadan", "dadaptlion", "dadaptsgd"),
+    *("prodigyopt.Prodigy", "torch.optim.LBFGS"),
+)
+"""Rules whose update of one tensor depends on others."""
+
+
+def defaults() -> dict[str, Recipe]:
+    """The first set of options of every rule."""
+    recipes = [replace(r, name=f"torch.optim.{r.name}") for r in torch_recipes()]
+    found: dict[str, Recipe] = {}
+    for recipe in [*recipes, *REGISTRY, *OTHERS]:
+        found.setdefault(re.split(r"[:(]", recipe.name)[0], recipe)
+    return found
+
+
+DEFAULTS = defaults()
+
+
+@functools.cache
+def in_tier_1(rule: str) -> bool:
+    found: bool = TABLE.in_tier_1(DEFAULTS[rule])
+    return found
+
+
+@pytest.mark.parametrize("rule", TIER_1)
+def test_these_rules_are_one_program_a_step(rule: str) -> None:
+    assert in_tier_1(rule), [one.reason for one in TABLE.admissions(DEFAULTS[rule])]
+
+
+@pytest.mark.parametrize("rule", COUPLED)
+def test_rules_that_couple_tensors_are_no_program(rule: str) -> None:
+    assert not any(one.fusible for one in TABLE.admissions(DEFAULTS[rule]))
+
+
+def test_nero_is_refused_for_its_means_over_rows() -> None:
+    reasons = {one.reason for one in TABLE.admissions(DEFAULTS["nero"])}
+    assert reasons == {"torch.mean reduces over some dimensions only"}
+
+
+def test_at_least_70_rules_of_pytorch_optimizer_are_one_program_a_step() -> None:
+    rules = {recipe.name.partition(":")[0] for recipe in REGISTRY}
+    assert len(rules) == 128
+    assert sum(map(in_tier_1, rules)) >= 70
+
+
+SIZES = {1: (65,), 2: (33, 17), 3: (6, 7, 5), 4: (8, 4, 3, 3)}
+"""By number of dimensions; each next parameter of a group is larger by 1 everywhere."""
+
+
+@pytest.mark.parametrize("rule", DEFAULTS)
+def test_fifty_steps_of_every_program_stay_within_tolerance_of_the_rule(rule: str) -> None:
+    if not in_tier_1(rule):
+        pytest.skip("not in tier 1")
+    eager, begin = _small_run(DEFAULTS[rule])
+    programs = Interpreted(_small_run(DEFAULTS[rule])[0])
+    pairs = list(zip(_params(eager), _params(programs.inner), strict=True))
+    generator = torch.Generator().manual_seed(1)
+    for step in range(50):
+        for place, (left, right) in enumerate(pairs):
+            size = (1.0, 4.0, 0.25, 0.01)[place % 4] * (1.0, 3.0, 0.1)[step % 3]
+            left.grad = torch.randn(left.shape, generator=generator) * size
+            right.grad = left.grad.clone()
+        for optimizer in (eager, programs):
+            torch.manual_seed(step)
+            optimizer.step()
+        for group in (*eager.param_groups, *programs.inner.param_groups):
+            group.update({k: 0.98 * v for k, v in group.items() if k == "lr" and v is not None})
+    for (left, right), first in zip(pairs, begin, strict=True):
+        way, size = (left - first).detach().abs().max(), left.detach().abs().max()
+        # Each step may round the master otherwise by half its spacing.
+        allowed = TOLERANCE * way + 50 * SPACING / 2 * size
+        assert (left - right).detach().abs().max() <= allowed
+
+
+def _small_run(recipe: Recipe) -> tuple[Any, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    groups: list[dict[str, Any]] = []
+    for group in recipe.shapes:
+        shapes = [SIZES[len(shape)] for shape in group if shape]
+        sizes = [tuple(n + i for n in shape) for i, shape in enumerate(shapes)]
+        values = [torch.randn(size, generator=generator) * 0.1 for size in sizes]
+        groups.append({"params": [torch.nn.Parameter(value) for value in values]})
+    torch.manual_seed(0)
+    optimizer: Any = recipe.build(groups)
+    if callable(train := getattr(optimizer, "train", None)):
+        train()
+    return optimizer, [param.detach().clone() for param in _params(optimizer)]
+
+
+def _params(optimizer: Any) -> list[Any]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 @pytest.mark.parametrize("recipe", [r for r in REGISTRY if r.name in IN_BACKWARD], ids=named)
 def test_a_rule_that_updates_in_backward_is_refused_with_its_reason(recipe: Recipe) -> None:
     weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
@@ -120,29 +241,18 @@ def test_a_rule_that_updates_in_backward_is_refused_with_its_reason(recipe: Reci
 
 
 def test_the_table_in_the_docs_is_up_to_date() -> None:
-    table = _rule_table()
-    found = table.page(
+    found = TABLE.page(
         {
-            "torch.optim": table.rows(torch_recipes()),
-            "pytorch-optimizer": table.rows(REGISTRY, outcomes),
-            "schedulefree, lion-pytorch, optimi, prodigyopt, bitsandbytes": table.rows(
+            "torch.optim": TABLE.rows(torch_recipes()),
+            "pytorch-optimizer": TABLE.rows(REGISTRY, outcomes),
+            "schedulefree, lion-pytorch, optimi, prodigyopt, bitsandbytes": TABLE.rows(
                 OTHERS, outcomes
             ),
         }
     )
-    assert _undated(table.PAGE.read_text()) == _undated(found), (
+    assert _undated(TABLE.PAGE.read_text()) == _undated(found), (
         "run `python docs/benchmarks/rule_table.py`"
     )
-
-
-def _rule_table() -> Any:
-    path = ROOT / "docs" / "benchmarks" / "rule_table.py"
-    spec = importlib.util.spec_from_file_location("rule_table", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["rule_table"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def _undated(text: str) -> str:
