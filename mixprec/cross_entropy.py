@@ -17,7 +17,7 @@ bits round by up to 0.4 %, the same way for each; `softmax - onehot` has -1 ther
 from __future__ import annotations
 
 from inspect import signature
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,10 @@ from mixprec.loss_arguments import (
     refuse_transforms,
 )
 from mixprec.softmax_gradient import has_kernel
+from mixprec.vocab_shards import VocabShard, local_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
 
@@ -55,6 +59,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     num_tokens: int | None = None,
     shift: bool = False,
+    process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of `hidden @ weight.T + bias`, one chunk of logits at a time.
 
@@ -92,6 +97,11 @@ def linear_cross_entropy(
             it: then the host does not wait for the device to count. Checked.
         shift: scores each hidden state against the next target along the last axis, and the last
             one against padding; `token_weight` moves with the targets.
+        process_group: ranks that share the vocabulary: each gives its rows of the weight, in order
+            of rank and equally many, with its part of `bias` and `class_weight`, and the same
+            hidden states and targets (classes of the whole vocabulary). All get the same loss, and
+            the whole gradient of the hidden states, summed in FP32. A weight that is a DTensor
+            sharded on dim 0 says it all by itself where `hidden` is a DTensor too.
 
     Returns:
         Loss in nats, FP32 (FP64 for FP64 input), 0-d or of the shape of `targets` with 0 at
@@ -122,6 +132,7 @@ def linear_cross_entropy(
     >>> round((loss_sum / num_tokens).item(), 4)  # uniform over four classes: log 4
     1.3863
     """
+    hidden, weight, bias, shard = local_shard(hidden, weight, bias, process_group)
     check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
     dtype = operand_dtype(hidden, weight, bias)
     logits_dtype = dtype_of_logits(logits_dtype, dtype, hidden.device)
@@ -148,6 +159,7 @@ def linear_cross_entropy(
         reduction == "none",
         recompute or reduction == "none",
         [grad_enabled and t is not None and t.requires_grad for t in differentiable],
+        shard,
     )
     loss, count = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -228,6 +240,7 @@ class _Options(NamedTuple):
     recompute: bool
     needs: list[bool]
     """Which of hidden, weight and bias want a gradient."""
+    shard: VocabShard
 
 
 _Gradients = tuple[Tensor | None, ...]
@@ -283,7 +296,7 @@ def _evaluate(
 ) -> tuple[Tensor, ...]:
     """Losses, count, gradients. Casts in here, so that none of them is differentiated."""
     operands = (None if t is None else t.to(options.dtype) for t in inputs[:3])
-    return losses_and_gradients(*operands, *inputs[3:], *options[:7], needs)
+    return losses_and_gradients(*operands, *inputs[3:], *options[:7], needs, *options.shard)
 
 
 _BLOCK = 2**20  # elements widened at once

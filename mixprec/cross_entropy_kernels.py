@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_products_by_target_", "loss_and_gradient_", "scale_", "shard_gradient_", "sums"]
+__all__ = ["add_products_by_class_", "loss_and_gradient_", "scale_", "shard_gradient_", "sums"]
 
 _BLOCK = 8192
 
@@ -411,7 +411,7 @@ def _add_products_kernel(
     factors,
     states,
     rows,
-    targets,
+    classes,
     order,
     count,
     width,
@@ -421,14 +421,14 @@ def _add_products_kernel(
     DEPTH: tl.constexpr,
 ):
     first = tl.program_id(0)
-    target = tl.load(targets + first)
-    before = tl.load(targets + first - 1, mask=first > 0, other=-1)
-    if before != target:  # this program begins the run of its target
+    here = tl.load(classes + first)
+    before = tl.load(classes + first - 1, mask=first > 0, other=-1)
+    if before != here:  # this program begins the run of a class, which is not -1
         columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < width
         total = tl.zeros((BLOCK,), tl.float32)
         ahead = first + tl.arange(0, DEPTH)
-        ours = tl.load(targets + ahead, mask=ahead < count, other=-1) == target
+        ours = tl.load(classes + ahead, mask=ahead < count, other=-1) == here
         while tl.sum(ours.to(tl.int32), axis=0) > 0:
             place = tl.load(order + ahead, mask=ours, other=0)
             factor = tl.load(factors + place, mask=ours, other=0.0)
@@ -440,23 +440,26 @@ def _add_products_kernel(
             )
             total += tl.sum(factor[:, None] * x.to(tl.float32), axis=0)
             ahead += DEPTH
-            ours = tl.load(targets + ahead, mask=ahead < count, other=-1) == target
-        at = sums + target * sums_stride + columns
+            ours = tl.load(classes + ahead, mask=ahead < count, other=-1) == here
+        at = sums + here * sums_stride + columns
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
 
 
-def add_products_by_target_(
-    sums: Tensor, targets: Tensor, factors: Tensor, states: Tensor, rows: Tensor
+def add_products_by_class_(
+    sums: Tensor, classes: Tensor, factors: Tensor, states: Tensor, rows: Tensor
 ) -> None:
-    """`sums[targets[i]] += factors[i] * states[rows[i]]`, in the same order every time.
+    """`sums[classes[i]] += factors[i] * states[rows[i]]`, in the same order every time.
 
-    `sums` `[vocab, width]` and `factors` `[tokens]` are FP32, `targets` and `rows` are int64.
-    No atomic addition: targets are sorted, and one program adds up each run of equal ones.
+    `sums` `[vocab, width]` and `factors` `[tokens]` are FP32, `classes` and `rows` are int64; a
+    class of -1 is left out. No atomic addition: classes are sorted, and one program adds up each
+    run of equal ones.
     """
-    count, width = len(targets), states.shape[1]
+    count, width = len(classes), states.shape[1]
     if not count:
         return
-    ordered, order = targets.sort(stable=True)
+    if states.stride(1) != 1:
+        states = states.contiguous()
+    ordered, order = classes.sort(stable=True)
     block = min(256, triton.next_power_of_2(width))
     with torch.cuda.device_of(sums):
         _add_products_kernel[(count, triton.cdiv(width, block))](

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mixprec.softmax_gradient import LossTerms, Rows, has_kernel, softmax_gradient_
+from mixprec.vocab_shards import VocabShard
 
 __all__ = ["default_chunk_size", "losses_and_gradients", "wide"]
 
@@ -61,13 +62,22 @@ def _losses_and_gradients(
     chunk_size: int,
     num_tokens: int | None,
     needs: list[bool],
+    group_name: str | None,
+    first_class: int,
+    num_classes: int,
+    even_shards: bool,
 ) -> tuple[Tensor, ...]:
     """Losses `[tokens]` and their count; gradients of their sum by hidden, weight and bias.
 
     Padding has loss 0 and gradient 0 and is multiplied by nothing. Gradients by weight and bias are
     FP32 (FP64 for FP64), those that `needs` does not ask for are empty.
+
+    The last four arguments are a `VocabShard`; then the gradient by hidden is that of all shards.
     """
-    kept = _rows_kept(targets, weight.shape[0], ignore_index, num_tokens)
+    shard = VocabShard(group_name, first_class, num_classes, even_shards)
+    kept = _rows_kept(targets, num_classes, ignore_index, num_tokens)
+    shard.check(len(weight), len(kept), targets.device)
+    labels = shard.local(targets, len(weight))
     dtype = wide(hidden.dtype)
     terms = LossTerms(
         None if bias is None else bias.contiguous(),
@@ -86,23 +96,24 @@ def _losses_and_gradients(
     with torch.autocast(hidden.device.type, enabled=False):  # it would round FP32 operands
         for rows in _chunks(kept, len(targets), chunk_size):
             first = slab is None
-            states, labels = hidden[rows].to(matrix.dtype), targets[rows].contiguous()
+            states, classes = hidden[rows].to(matrix.dtype), labels[rows].contiguous()
             if slab is None:
-                slab = _slab(len(labels), matrix, logits_dtype)
-            logits = _multiply_into(slab[: len(labels)], states, matrix.T)
+                slab = _slab(len(states), matrix, logits_dtype)
+            logits = _multiply_into(slab[: len(states)], states, matrix.T)
             done = softmax_gradient_(
                 _with_the_values_of(logits_dtype, logits),
-                labels,
+                classes,
                 terms,
                 None if token_weight is None else token_weight[rows].to(dtype).contiguous(),
                 rounded_to=hidden.dtype if any(needs) else None,
+                shard=shard,
             )
             losses[rows] = done.losses
             if done.remainders is not None:
                 remainders[rows] = done.remainders
-                _add_gradients_(grads, needs, rows, labels, done, states, matrix, first)
+                _add_gradients_(grads, needs, rows, classes, done, states, matrix, first, shard)
         if hidden.dtype.itemsize == 2:
-            _add_remainders_(grads, needs, kept, targets, remainders, hidden)
+            _add_remainders_(grads, needs, kept, labels, remainders, hidden)
     return losses, (targets != ignore_index).sum(), *grads
 
 
@@ -145,11 +156,12 @@ def _add_gradients_(
     grads: tuple[Tensor, ...],
     needs: list[bool],
     rows: slice | Tensor,
-    labels: Tensor,
+    classes: Tensor,
     done: Rows,
     states: Tensor,
     matrix: Tensor,
     first: bool,
+    shard: VocabShard,
 ) -> None:
     """Multiply the logit gradients of `rows` into the gradients that are needed."""
     by_hidden, by_weight, by_bias = grads
@@ -160,46 +172,58 @@ def _add_gradients_(
     if needs[1]:
         multiply = _multiply_into if first else _add_product_
         multiply(by_weight, grad_logits.T, states)
-    if needs[0]:
-        in_place = isinstance(rows, slice) and by_hidden.dtype == matrix.dtype
-        out = by_hidden[rows] if in_place else torch.empty_like(states)
-        if by_hidden.dtype.itemsize == 2:
-            # At most 2^-9 of a row of the weight, so 16 bits hold it; the sum is FP32.
-            torch.index_select(matrix, 0, labels, out=out)
-            out.mul_(remainders[:, None]).addmm_(grad_logits, matrix)
-        else:
-            torch.mm(grad_logits, matrix, out=out)
-        if not in_place:
-            by_hidden[rows] = out.to(by_hidden.dtype)
+    if not needs[0]:
+        return
+    # Sums over shards are FP32, others are rounded as they leave the product.
+    dtype = matrix.dtype if shard.whole else by_weight.dtype
+    in_place = isinstance(rows, slice) and by_hidden.dtype == dtype
+    out = by_hidden[rows] if in_place else torch.empty_like(states, dtype=dtype)
+    if by_hidden.dtype.itemsize == 2 and len(matrix):
+        # At most 2^-9 of a row of the weight, so 16 bits hold it beside the product's FP32 sum.
+        _gather_into(out, matrix, classes).mul_(remainders[:, None])
+        _add_product_(out, grad_logits, matrix)
+    else:
+        torch.mm(grad_logits, matrix, out=out)
+    shard.reduce_(out, "sum")
+    if not in_place:
+        by_hidden[rows] = out.to(by_hidden.dtype)
+
+
+def _gather_into(out: Tensor, matrix: Tensor, classes: Tensor) -> Tensor:
+    """Rows of `matrix`, any of them where a class is -1."""
+    rows = classes.clamp(min=0)
+    if out.dtype == matrix.dtype:
+        return torch.index_select(matrix, 0, rows, out=out)
+    return out.copy_(matrix[rows])
 
 
 def _add_remainders_(
     grads: tuple[Tensor, ...],
     needs: list[bool],
     kept: Tensor,
-    targets: Tensor,
+    labels: Tensor,
     remainders: Tensor,
     hidden: Tensor,
 ) -> None:
     """Add the remainders to the gradients of weight and bias, in a fixed order."""
     _, by_weight, by_bias = grads
     if needs[1]:
-        _add_by_target_(by_weight, kept, targets, remainders, hidden)
+        _add_by_class_(by_weight, kept, labels, remainders, hidden)
     if needs[2]:
-        _add_by_target_(by_bias[:, None], kept, targets, remainders, torch.ones_like(hidden[:, :1]))
+        _add_by_class_(by_bias[:, None], kept, labels, remainders, torch.ones_like(hidden[:, :1]))
 
 
-def _add_by_target_(
-    sums: Tensor, kept: Tensor, targets: Tensor, factors: Tensor, states: Tensor
+def _add_by_class_(
+    sums: Tensor, kept: Tensor, labels: Tensor, factors: Tensor, states: Tensor
 ) -> None:
-    """`sums[targets[i]] += factors[i] * states[i]` for all i in `kept`."""
+    """`sums[labels[i]] += factors[i] * states[i]` for all i in `kept` whose label is not -1."""
     if has_kernel(sums.device, sums.dtype):
         from mixprec import cross_entropy_kernels as kernels
 
-        kernels.add_products_by_target_(sums, targets[kept], factors[kept], states, kept)
+        kernels.add_products_by_class_(sums, labels[kept], factors[kept], states, kept)
         return
-    for rows in kept.split(_FEWEST_TOKENS):
-        sums.index_add_(0, targets[rows], factors[rows, None] * states[rows])
+    for rows in kept[labels[kept] >= 0].split(_FEWEST_TOKENS):
+        sums.index_add_(0, labels[rows], factors[rows, None] * states[rows])
 
 
 losses_and_gradients = torch.library.custom_op(
@@ -210,7 +234,7 @@ losses_and_gradients = torch.library.custom_op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight, "
         "Tensor? token_weight, SymInt ignore_index, float label_smoothing, float? softcap, "
         "float z_loss, ScalarType logits_dtype, SymInt chunk_size, SymInt? num_tokens, "
-        "bool[] needs) "
+        "bool[] needs, str? group_name, SymInt first_class, SymInt num_classes, bool even_shards) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
@@ -232,6 +256,10 @@ def _(
     chunk_size: int,
     num_tokens: int | None,
     needs: list[bool],
+    group_name: str | None,
+    first_class: int,
+    num_classes: int,
+    even_shards: bool,
 ) -> tuple[Tensor, ...]:
     dtype = wide(hidden.dtype)
     losses = hidden.new_empty(targets.shape, dtype=dtype)

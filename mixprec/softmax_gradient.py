@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixprec.vocab_shards import VocabShard
+
 __all__ = ["LossTerms", "Rows", "has_kernel", "softmax_gradient_"]
 
 
@@ -69,16 +71,18 @@ def softmax_gradient_(
     token_weight: Tensor | None = None,
     *,
     rounded_to: torch.dtype | None = None,
+    shard: VocabShard | None = None,
 ) -> Rows:
     """Losses of `logits`, whose memory becomes the gradient of their sum.
 
     Args:
         logits: `[tokens, vocab]`, before bias and softcap; FP32 or FP64, or 16 bits for a kernel;
             overwritten.
-        targets: `[tokens]`, int64, all in `[0, vocab)`.
+        targets: `[tokens]`, int64, all in `[0, vocab)`, or -1 for a class of another shard.
         token_weight: `[tokens]`, of the dtype of the losses; multiplies losses and gradients.
         rounded_to: dtype of the gradient; on a CPU, which multiplies it in FP32, only its values
             are rounded. None computes no gradient, and leaves `logits` with no meaning.
+        shard: what part of the vocabulary this is; by default all of it.
 
     >>> import torch
     >>> logits = torch.zeros(1, 4)
@@ -86,9 +90,16 @@ def softmax_gradient_(
     >>> logits
     tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
-    if has_kernel(logits.device, logits.dtype):
-        return _by_kernel(logits, targets, terms, token_weight, rounded_to)
-    return _in_plain_torch(logits, targets, terms, token_weight, rounded_to)
+    shard = VocabShard(None, 0, logits.shape[1]) if shard is None else shard
+    arguments = logits, targets, terms, token_weight, rounded_to
+    if not has_kernel(logits.device, logits.dtype):
+        return _in_plain_torch(*arguments, shard)
+    return _by_kernel(*arguments) if shard.whole else _by_kernels_of_a_shard(*arguments, shard)
+
+
+def front_of_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix of the shape of `logits` in the memory of each row: all of it, or the front half."""
+    return logits.view(dtype)[:, : logits.shape[1]]
 
 
 def _by_kernel(
@@ -107,9 +118,48 @@ def _by_kernel(
     return Rows(losses, lse, gradient, None if gradient is None else remainders)
 
 
-def front_of_rows(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """A matrix of the shape of `logits` in the memory of each row: all of it, or the front half."""
-    return logits.view(dtype)[:, : logits.shape[1]]
+def _by_kernels_of_a_shard(
+    logits: Tensor,
+    targets: Tensor,
+    terms: LossTerms,
+    token_weight: Tensor | None,
+    rounded_to: torch.dtype | None,
+    shard: VocabShard,
+) -> Rows:
+    from mixprec import cross_entropy_kernels as kernels
+
+    bias, class_weight, label_smoothing, softcap, _ = terms
+    here, column = targets >= 0, targets.clamp(min=0)
+    picked = logits.gather(1, column[:, None]).squeeze(1).float()
+    if bias is not None:
+        picked += bias[column]
+    slope = _cap_(picked, softcap)
+    top, total, weighted = kernels.sums(logits, bias, class_weight, label_smoothing, softcap)
+    highest = shard.reduce_(top.clone(), "max")
+    total *= (top - highest).exp()
+    row = _row_of(highest, total, picked, weighted, targets, terms, token_weight, shard)
+    if rounded_to is None:
+        return Rows(row.losses, row.lse, None, None)
+    at_target = row.mass * (picked - row.lse).exp() - row.hit
+    at_target -= row.spread * (1.0 if class_weight is None else class_weight[column])
+    if slope is not None:
+        at_target *= slope
+    gradient = front_of_rows(logits, rounded_to)
+    kernels.shard_gradient_(
+        logits,
+        gradient,
+        bias,
+        class_weight,
+        targets,
+        at_target,
+        row.lse,
+        row.mass,
+        row.spread,
+        softcap,
+        label_smoothing != 0,
+    )
+    remainders = at_target - at_target.to(rounded_to)
+    return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0))
 
 
 def _in_plain_torch(
@@ -118,47 +168,85 @@ def _in_plain_torch(
     terms: LossTerms,
     token_weight: Tensor | None,
     rounded_to: torch.dtype | None,
+    shard: VocabShard,
 ) -> Rows:
-    bias, class_weight, label_smoothing, softcap, z_loss = terms
-    vocab = logits.shape[1]
+    bias, class_weight, label_smoothing, softcap, _ = terms
+    here, column = targets >= 0, targets.clamp(min=0)[:, None]
     if bias is not None:
         logits.add_(bias)
-    slope = None
-    if softcap is not None:
-        logits.div_(softcap).tanh_()
-        slope = None if rounded_to is None else 1 - logits.square()
-        logits.mul_(softcap)
-    column = targets[:, None]
+    slope = _cap_(logits, softcap)
     picked = logits.gather(1, column).squeeze(1)
-    spread = label_smoothing / vocab
-    weighted: Tensor | float = 0.0
-    if spread:
+    weighted = torch.zeros_like(picked)
+    if label_smoothing:
         weighted = logits.sum(1) if class_weight is None else logits @ class_weight
-
-    top = logits.amax(1)
+    top = shard.reduce_(logits.amax(1), "max")
     total = logits.sub_(top[:, None]).exp_().sum(1)
-    lse = top + total.log()
-
-    factor = torch.ones_like(lse) if token_weight is None else token_weight
-    target_weight: Tensor | float = 1.0
-    weight_sum: Tensor | float = float(vocab)
-    if class_weight is not None:
-        target_weight, weight_sum = class_weight[targets], class_weight.sum()
-    hit = (1 - label_smoothing) * target_weight
-    losses = hit * (lse - picked) + spread * (weight_sum * lse - weighted) + z_loss * lse.square()
-    losses *= factor
+    row = _row_of(top, total, picked, weighted, targets, terms, token_weight, shard)
     if rounded_to is None:
-        return Rows(losses, lse, None, None)
+        return Rows(row.losses, row.lse, None, None)
 
-    mass = factor * (hit + spread * weight_sum + 2 * z_loss * lse)
-    logits.mul_((mass / total)[:, None])
-    if spread:
-        taken = spread * factor[:, None]
-        logits.sub_(taken if class_weight is None else taken * class_weight)
-    logits.scatter_add_(1, column, -(hit * factor)[:, None])
+    logits.mul_((row.mass / row.total)[:, None])
+    if label_smoothing:
+        spread = row.spread[:, None]
+        logits.sub_(spread if class_weight is None else spread * class_weight)
+    logits.scatter_add_(1, column, -row.hit.where(here, 0.0)[:, None])
     if slope is not None:
         logits.mul_(slope)
     at_target = logits.gather(1, column).squeeze(1)
     rounded = logits.to(rounded_to)
     gradient = logits.copy_(rounded) if logits.device.type == "cpu" else rounded
-    return Rows(losses, lse, gradient, at_target - gradient.gather(1, column).squeeze(1))
+    remainders = at_target - gradient.gather(1, column).squeeze(1)
+    return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0))
+
+
+def _cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Cap `logits` in place; the slope of the cap, or None without one."""
+    if softcap is None:
+        return None
+    logits.div_(softcap).tanh_()
+    slope = 1 - logits.square()
+    logits.mul_(softcap)
+    return slope
+
+
+class _Row(NamedTuple):
+    """Of each token, over all shards: `dloss/dz_c = mass p_c - hit [c = y] - spread w_c`."""
+
+    losses: Tensor
+    lse: Tensor
+    total: Tensor
+    """Sum of exponentials below the largest logit."""
+    mass: Tensor
+    hit: Tensor
+    spread: Tensor
+
+
+def _row_of(
+    top: Tensor,
+    total: Tensor,
+    picked: Tensor,
+    weighted: Tensor,
+    targets: Tensor,
+    terms: LossTerms,
+    token_weight: Tensor | None,
+    shard: VocabShard,
+) -> _Row:
+    """`top` is that of all shards; the sums are those of this one."""
+    _, class_weight, label_smoothing, _, z_loss = terms
+    target_weight = weight_sum = torch.ones_like(total)
+    if class_weight is not None:
+        target_weight = class_weight[targets.clamp(min=0)]
+        weight_sum = class_weight.sum().expand_as(total)
+    here = targets >= 0
+    sums = [total, picked.where(here, 0.0), weighted, target_weight.where(here, 0.0), weight_sum]
+    total, picked, weighted, target_weight, weight_sum = shard.reduce_(torch.stack(sums), "sum")
+    if class_weight is None:
+        weight_sum = torch.full_like(total, shard.vocab)
+
+    lse = top + total.log()
+    factor = torch.ones_like(lse) if token_weight is None else token_weight
+    hit = (1 - label_smoothing) * target_weight
+    spread = label_smoothing / shard.vocab
+    losses = hit * (lse - picked) + spread * (weight_sum * lse - weighted) + z_loss * lse.square()
+    mass = hit + spread * weight_sum + 2 * z_loss * lse
+    return _Row(losses * factor, lse, total, mass * factor, hit * factor, spread * factor)

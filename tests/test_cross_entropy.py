@@ -666,7 +666,7 @@ def test_operator_is_declared_as_it_behaves() -> None:
     operator = torch.ops.mixprec.linear_cross_entropy.default
     options = (PADDING, 0.1, 2.0, 0.1, FP32, 8, None)
     for needs in ([True, True, False], [False, False, False]):
-        arguments = hidden, weight, None, targets, None, None, *options, needs
+        arguments = hidden, weight, None, targets, None, None, *options, needs, None, 0, 50, True
         torch.library.opcheck(operator, arguments)
 
 

@@ -346,7 +346,7 @@ def parts() -> list[dict[str, Any]]:
         (
             "remainders, for the weight",
             tokens * width * 10.0,
-            lambda: kernels.add_products_by_target_(sums, targets, factors, hidden, rows),
+            lambda: kernels.add_products_by_class_(sums, targets, factors, hidden, rows),
         ),
         ("weight gradient times 1", 0.0, lambda: kernels.scale_(sums, one)),
         ("weight gradient times 1/7", sums.numel() * 8.0, lambda: kernels.scale_(sums, other)),
