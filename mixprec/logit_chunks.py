@@ -75,8 +75,9 @@ def _losses_and_gradients(
     The last four arguments are a `VocabShard`; then the gradient by hidden is that of all shards.
     """
     shard = VocabShard(group_name, first_class, num_classes, even_shards)
+    count = (targets != ignore_index).sum()
+    shard.check(len(weight), count)
     kept = _rows_kept(targets, num_classes, ignore_index, num_tokens)
-    shard.check(len(weight), len(kept), targets.device)
     labels = shard.local(targets, len(weight))
     dtype = wide(hidden.dtype)
     terms = LossTerms(
@@ -114,7 +115,7 @@ def _losses_and_gradients(
                 _add_gradients_(grads, needs, rows, classes, done, states, matrix, first, shard)
         if hidden.dtype.itemsize == 2:
             _add_remainders_(grads, needs, kept, labels, remainders, hidden)
-    return losses, (targets != ignore_index).sum(), *grads
+    return losses, count, *grads
 
 
 def _zero_what_no_product_writes(grads: tuple[Tensor, ...], kept: Tensor, targets: Tensor) -> None:

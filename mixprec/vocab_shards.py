@@ -43,25 +43,23 @@ class VocabShard(NamedTuple):
         rows = targets - self.start
         return rows.where((rows >= 0) & (rows < vocab), -1)
 
-    def check(self, vocab: int, num_tokens: int, device: torch.device) -> None:
-        """Refuse ranks that disagree on the tokens, or on the size of a shard."""
+    def check(self, vocab: int, num_tokens: Tensor) -> None:
+        """Refuse ranks that disagree on the tokens, or on the size of a shard; no host waits."""
         if self.whole:
             return
-        said = [num_tokens, -num_tokens] + [vocab, -vocab] * self.even
-        most = self.reduce_(torch.tensor(said, device=device), "max")
-        tokens_agree = most[0] == -most[1]
-        sizes_agree = most[2] == -most[3] if self.even else None
+        size = torch.full_like(num_tokens, vocab if self.even else 0)
+        said = torch.stack([num_tokens, -num_tokens, size, -size])
+        most = self.reduce_(said, "max")
         _require(
-            tokens_agree,
+            most[2] == -most[3],
+            "ranks of process_group hold different numbers of rows of the weight; pad the "
+            "vocabulary to a multiple of the ranks, or give the weight as a DTensor",
+        )
+        _require(
+            most[0] == -most[1],
             "ranks of process_group differ in the number of targets; a group whose ranks share a "
             "vocabulary must be given the same tokens. For data-parallel ranks leave it out",
         )
-        if sizes_agree is not None:
-            _require(
-                sizes_agree,
-                "ranks of process_group hold different numbers of rows of the weight; pad the "
-                "vocabulary to a multiple of the ranks, or give the weight as a DTensor",
-            )
 
 
 def _require(condition: Tensor, message: str) -> None:
@@ -99,7 +97,7 @@ def _of_dtensor(
     said = f"weight is a DTensor with placements {weight.placements}"
     if len(placements) > 1 or any(not p.is_shard(0) for _, p in placements):
         raise ValueError(
-            f"{said}; only its dim 0, the vocabulary, may be sharded, over one dimension of the mesh"
+            f"{said}; only its dim 0, the vocabulary, may be sharded, over one mesh dimension"
         )
     if placements and process_group is None and not _is_dtensor(hidden):
         raise ValueError(

@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixprec.softmax_gradient import LossTerms, front_of_rows, softmax_gradient_
+from mixprec.softmax_gradient import (
+    LossTerms,
+    _by_kernels_of_a_shard,
+    front_of_rows,
+    softmax_gradient_,
+)
+from mixprec.vocab_shards import VocabShard
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -176,6 +182,51 @@ def test_nan_in_a_logit_reaches_the_loss() -> None:
     logits[1, 8500] = torch.nan
     losses, _, _ = by_kernel(logits, None, targets, LossTerms(), None)
     assert losses.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(("logits_dtype", "dtype"), [(BF16, BF16), (FP32, BF16), (FP32, FP32)])
+def test_a_shard_that_holds_every_class_is_the_whole(
+    name: str, logits_dtype: torch.dtype, dtype: torch.dtype
+) -> None:
+    vocab = 9001
+    logits, targets = case(3, vocab, logits_dtype)
+    terms, token_weight = filled(name, 3, vocab)
+    rows, exact = in_fp64(logits, targets, terms, token_weight)
+    found = _by_kernels_of_a_shard(
+        logits, targets, terms, token_weight, dtype, VocabShard(None, 0, vocab)
+    )
+    assert found.gradient is not None and found.remainders is not None
+    close(found.losses, rows.losses, rtol=4e-6, atol=4e-6, what="losses")
+    spacing = torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
+    close(found.gradient, exact, rtol=spacing + 1e-5, atol=3e-6, what="gradient")
+    at = targets[:, None]
+    whole = found.gradient.gather(1, at).squeeze(1).double() + found.remainders
+    if not INTERPRETED:  # which rounds in another way than torch does
+        close(whole, exact.gather(1, at).squeeze(1), rtol=1e-5, atol=3e-6, what="at the target")
+
+
+def test_shards_know_nothing_of_targets_elsewhere() -> None:
+    from mixprec.cross_entropy_kernels import shard_gradient_, sums
+
+    logits, targets = case(3, 9000, FP32)
+    whole = logits.clone()
+    losses, lse, _ = by_kernel(whole, whole, targets, LossTerms(), None)
+    parts = [logits[:, :4000], logits[:, 4000:]]
+    tops, totals, _ = zip(*(sums(part, None, None, 0.0, None) for part in parts), strict=True)
+    top = torch.maximum(*tops)
+    total = sum(t * (m - top).exp() for t, m in zip(totals, tops, strict=True))
+    close(top + torch.as_tensor(total).log(), lse.double(), rtol=1e-6, atol=0, what="log-sum-exp")
+    ones, zeros = torch.ones_like(lse), torch.zeros_like(lse)
+    for part, start in zip(parts, (0, 4000), strict=True):
+        rows = targets - start
+        rows = rows.where((rows >= 0) & (rows < part.shape[1]), -1)
+        at_target = whole.gather(1, targets[:, None]).squeeze(1)
+        shard_gradient_(
+            part, part, None, None, rows, at_target, lse, ones, zeros, None, smoothing=False
+        )
+    assert torch.equal(logits, whole)
+    assert losses.isfinite().all()
 
 
 @pytest.mark.parametrize("targets", ["random", "all equal", "few"])
