@@ -19,15 +19,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_products_by_class_", "loss_and_gradient_", "scale_", "shard_gradient_", "sums"]
+__all__ = [
+    "add_products_by_class_",
+    "loss_and_gradient_",
+    "scale_",
+    "shard_gradient_",
+    "sums",
+    "target_logits",
+]
 
 _BLOCK = 8192
 
 
 @triton.jit
-def _load_logits(logits, bias, offsets, vocab, padded, softcap, SOFTCAP: tl.constexpr):
+def _load_logits(
+    logits,
+    bias,
+    offsets,
+    vocab,
+    padded,
+    target,
+    target_logit,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     inside = offsets < vocab
     z = tl.load(logits + offsets, mask=offsets < padded, other=0.0).to(tl.float32)
+    if EXACT:
+        z = tl.where(offsets == target, target_logit, z)
     if bias is not None:
         z += tl.load(bias + offsets, mask=inside, other=0.0).to(tl.float32)
     if SOFTCAP:  # tanh |u| = (1 - e) / (1 + e), e = exp(-2 |u|)
@@ -44,9 +64,12 @@ def _row_sums(
     class_weight,
     vocab,
     padded,
+    target,
+    target_logit,
     softcap,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Largest logit, sum of exponentials below it, sum of weighted logits (if smoothing)."""
@@ -56,7 +79,9 @@ def _row_sums(
     for start in range(0, vocab, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
-        z = _load_logits(logits, bias, offsets, vocab, padded, softcap, SOFTCAP)
+        z = _load_logits(
+            logits, bias, offsets, vocab, padded, target, target_logit, softcap, SOFTCAP, EXACT
+        )
         higher = tl.maximum(top, tl.max(z, axis=0))
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # all barred so far: no NaN of it
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), axis=0)
@@ -98,7 +123,7 @@ def _write_gradient(
     for start in range(0, vocab, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
-        z = _load_logits(logits, bias, offsets, vocab, padded, softcap, SOFTCAP)
+        z = _load_logits(logits, bias, offsets, vocab, padded, target, 0.0, softcap, SOFTCAP, False)
         g = mass * tl.exp(z - lse)
         if SMOOTHING:
             if class_weight is not None:
@@ -119,6 +144,7 @@ def _loss_and_gradient_kernel(
     logits,
     gradient,
     targets,
+    target_logits,
     bias,
     class_weight,
     weight_sum,
@@ -136,6 +162,7 @@ def _loss_and_gradient_kernel(
     SMOOTHING: tl.constexpr,
     SOFTCAP: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    EXACT: tl.constexpr,
     GRADIENT: tl.constexpr,
     NARROWER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -143,10 +170,26 @@ def _loss_and_gradient_kernel(
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     target = tl.load(targets + row).to(tl.int32)
+    target_logit = 0.0
+    if EXACT:
+        target_logit = tl.load(target_logits + row)
     # Before any reduction, whose barriers keep it apart from the writes to the same place.
-    picked = _load_logits(logits, bias, target, vocab, padded, softcap, SOFTCAP)
+    picked = _load_logits(
+        logits, bias, target, vocab, padded, target, target_logit, softcap, SOFTCAP, EXACT
+    )
     top, total, weighted = _row_sums(
-        logits, bias, class_weight, vocab, padded, softcap, SOFTCAP, SMOOTHING, BLOCK
+        logits,
+        bias,
+        class_weight,
+        vocab,
+        padded,
+        target,
+        target_logit,
+        softcap,
+        SOFTCAP,
+        SMOOTHING,
+        EXACT,
+        BLOCK,
     )
     lse = top + tl.log(total)
 
@@ -212,6 +255,7 @@ def loss_and_gradient_(
     logits: Tensor,
     gradient: Tensor | None,
     targets: Tensor,
+    target_logits: Tensor | None,
     token_weight: Tensor | None,
     bias: Tensor | None,
     class_weight: Tensor | None,
@@ -221,7 +265,8 @@ def loss_and_gradient_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, log-sum-exps and remainders `[tokens]`, FP32; `gradient`, which may share memory.
 
-    All factors are FP32. `gradient` None computes losses alone, and leaves remainders undefined.
+    All factors are FP32; `target_logits` stand in for rounded ones. `gradient` None computes losses
+    alone, and leaves remainders undefined.
     """
     tokens, vocab = logits.shape
     losses, lses, remainders = logits.new_empty(3, tokens, dtype=torch.float32).unbind()
@@ -231,6 +276,7 @@ def loss_and_gradient_(
         logits,
         out,
         targets,
+        target_logits,
         bias,
         class_weight,
         None if class_weight is None or not label_smoothing else class_weight.sum(),
@@ -248,6 +294,7 @@ def loss_and_gradient_(
         SMOOTHING=label_smoothing != 0,
         SOFTCAP=softcap is not None,
         Z_LOSS=z_loss != 0,
+        EXACT=target_logits is not None,
         GRADIENT=gradient is not None,
         NARROWER=out.element_size() < logits.element_size(),
     )
@@ -259,6 +306,8 @@ def _sums_kernel(
     logits,
     bias,
     class_weight,
+    targets,
+    target_logits,
     results,
     logits_stride,
     results_stride,
@@ -267,12 +316,27 @@ def _sums_kernel(
     softcap,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
+    EXACT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
+    target_logit = 0.0
+    if EXACT:
+        target_logit = tl.load(target_logits + row)
     top, total, weighted = _row_sums(
-        logits, bias, class_weight, vocab, padded, softcap, SOFTCAP, SMOOTHING, BLOCK
+        logits,
+        bias,
+        class_weight,
+        vocab,
+        padded,
+        tl.load(targets + row).to(tl.int32),
+        target_logit,
+        softcap,
+        SOFTCAP,
+        SMOOTHING,
+        EXACT,
+        BLOCK,
     )
     tl.store(results + row, top)
     tl.store(results + results_stride + row, total)
@@ -281,6 +345,8 @@ def _sums_kernel(
 
 def sums(
     logits: Tensor,
+    targets: Tensor,
+    target_logits: Tensor | None,
     bias: Tensor | None,
     class_weight: Tensor | None,
     label_smoothing: float,
@@ -297,6 +363,8 @@ def sums(
         logits,
         bias,
         class_weight,
+        targets,
+        target_logits,
         results,
         logits.stride(0),
         tokens,
@@ -305,6 +373,7 @@ def sums(
         1.0 if softcap is None else softcap,
         SOFTCAP=softcap is not None,
         SMOOTHING=label_smoothing != 0,
+        EXACT=target_logits is not None,
     )
     top, total, weighted = results.unbind()
     return top, total, weighted
@@ -403,6 +472,45 @@ def _launch(kernel, logits: Tensor, *args, **options) -> None:
             kernel[(tokens,)](
                 logits, *args, **options, BLOCK=block, num_warps=min(max(block // 512, 1), 16)
             )
+
+
+@triton.jit
+def _target_logits_kernel(
+    states, weight, classes, results, width, states_stride, weight_stride, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    own = tl.load(classes + row)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if own >= 0:
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < width
+            x = tl.load(states + row * states_stride + columns, mask=inside, other=0.0)
+            w = tl.load(weight + own * weight_stride + columns, mask=inside, other=0.0)
+            total += x.to(tl.float32) * w.to(tl.float32)
+    tl.store(results + row, tl.sum(total, axis=0))
+
+
+def target_logits(states: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
+    """`states[i] @ weight[classes[i]]`, FP32; 0 for a class of -1."""
+    tokens, width = states.shape
+    results = states.new_empty(tokens, dtype=torch.float32)
+    if tokens:
+        states, weight = (t if t.stride(1) == 1 else t.contiguous() for t in (states, weight))
+        block = min(1024, triton.next_power_of_2(width))
+        with torch.cuda.device_of(states):
+            _target_logits_kernel[(tokens,)](
+                states,
+                weight,
+                classes,
+                results,
+                width,
+                states.stride(0),
+                weight.stride(0),
+                BLOCK=block,
+                num_warps=4,
+            )
+    return results
 
 
 @triton.jit

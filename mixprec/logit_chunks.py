@@ -106,6 +106,9 @@ def _losses_and_gradients(
                 classes,
                 terms,
                 None if token_weight is None else token_weight[rows].to(dtype).contiguous(),
+                target_logits=None
+                if logits_dtype == dtype
+                else _target_logits(states, matrix, classes),
                 rounded_to=hidden.dtype if any(needs) else None,
                 shard=shard,
             )
@@ -151,6 +154,16 @@ def _slab(tokens: int, matrix: Tensor, logits_dtype: torch.dtype) -> Tensor:
 def _with_the_values_of(dtype: torch.dtype, logits: Tensor) -> Tensor:
     """`logits`, rounded in place as a product that writes `dtype` would have rounded them."""
     return logits if logits.dtype == dtype else logits.copy_(logits.to(dtype))
+
+
+def _target_logits(states: Tensor, matrix: Tensor, classes: Tensor) -> Tensor:
+    """`states[i] @ matrix[classes[i]]`, FP32: one logit a token that no product rounds."""
+    if has_kernel(states.device, states.dtype):
+        from mixprec import cross_entropy_kernels as kernels
+
+        return kernels.target_logits(states, matrix, classes)
+    dtype = wide(states.dtype)
+    return (states.to(dtype) * matrix[classes.clamp(min=0)].to(dtype)).sum(1)
 
 
 def _add_gradients_(

@@ -103,7 +103,7 @@ def by_kernel(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mixprec.cross_entropy_kernels import loss_and_gradient_
 
-    return loss_and_gradient_(logits, gradient, targets, token_weight, *terms)
+    return loss_and_gradient_(logits, gradient, targets, None, token_weight, *terms)
 
 
 def close(found: Tensor, exact: Tensor, *, rtol: float, atol: float, what: str) -> None:
@@ -137,6 +137,38 @@ def test_rows_are_those_of_fp64(
     at = targets[:, None]
     whole = gradient.gather(1, at).squeeze(1).double() + remainders
     close(whole, exact.gather(1, at).squeeze(1), rtol=1e-5, atol=3e-6, what="at the target")
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_target_logits_stand_in_for_rounded_ones(name: str) -> None:
+    vocab = 9001
+    logits, targets = case(3, vocab, BF16)
+    terms, token_weight = filled(name, 3, vocab)
+    given = torch.tensor([1.2345, 7.654, -3.21], device=DEVICE)
+    exact = logits.double()
+    exact.scatter_(1, targets[:, None], given.double()[:, None])
+    rows, exact = in_fp64(exact, targets, terms, token_weight)
+    from mixprec.cross_entropy_kernels import loss_and_gradient_
+
+    losses, _, remainders = loss_and_gradient_(logits, logits, targets, given, token_weight, *terms)
+    close(losses, rows.losses, rtol=4e-6, atol=4e-6, what="losses")
+    at = targets[:, None]
+    whole = logits.gather(1, at).squeeze(1).double() + remainders
+    close(whole, exact.gather(1, at).squeeze(1), rtol=1e-5, atol=3e-6, what="at the target")
+
+
+@pytest.mark.parametrize("width", [1, 300, 2048])
+def test_target_logits_are_the_products_of_their_rows(width: int) -> None:
+    from mixprec.cross_entropy_kernels import target_logits
+
+    g = seeded()
+    states = torch.randn(5, 2 * width, generator=g).to(DEVICE, BF16)[:, :width]
+    weight = torch.randn(7, width, generator=g).to(DEVICE, BF16)
+    classes = torch.tensor([6, 0, -1, 3, 3], device=DEVICE)
+    found = target_logits(states, weight, classes)
+    exact = (states.double() * weight[classes].double()).sum(1)
+    exact[2] = 0
+    close(found, exact, rtol=0, atol=1e-6 * width, what="target logits")
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])
@@ -194,7 +226,7 @@ def test_a_shard_that_holds_every_class_is_the_whole(
     terms, token_weight = filled(name, 3, vocab)
     rows, exact = in_fp64(logits, targets, terms, token_weight)
     found = _by_kernels_of_a_shard(
-        logits, targets, terms, token_weight, dtype, VocabShard(None, 0, vocab)
+        logits, targets, terms, token_weight, None, dtype, VocabShard(None, 0, vocab)
     )
     assert found.gradient is not None and found.remainders is not None
     close(found.losses, rows.losses, rtol=4e-6, atol=4e-6, what="losses")
@@ -213,7 +245,9 @@ def test_shards_know_nothing_of_targets_elsewhere() -> None:
     whole = logits.clone()
     losses, lse, _ = by_kernel(whole, whole, targets, LossTerms(), None)
     parts = [logits[:, :4000], logits[:, 4000:]]
-    tops, totals, _ = zip(*(sums(part, None, None, 0.0, None) for part in parts), strict=True)
+    tops, totals, _ = zip(
+        *(sums(part, targets, None, None, None, 0.0, None) for part in parts), strict=True
+    )
     top = torch.maximum(*tops)
     total = sum(t * (m - top).exp() for t, m in zip(totals, tops, strict=True))
     close(top + torch.as_tensor(total).log(), lse.double(), rtol=1e-6, atol=0, what="log-sum-exp")

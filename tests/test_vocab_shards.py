@@ -30,6 +30,7 @@ def run_rank(rank: int, checks: tuple[Callable[[int], None], ...], folder: str) 
     try:
         for check in checks:
             check(rank)
+        dist.barrier()  # a rank that leaves early breaks the other's connection
     finally:
         dist.destroy_process_group()
 
