@@ -26,6 +26,7 @@ from losses import (
     fp64_twins,
     gradient_of,
     reference,
+    trained_model,
 )
 from torch import Tensor, nn
 
@@ -140,26 +141,23 @@ def test_no_error_is_larger_than_that_of_full_16_bit_logits(
         assert mine <= 1.02 * theirs, f"{name}: {mine:.2e} against {theirs:.2e} of full logits"
 
 
-def half_trained(device: str = "cuda") -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    weight = torch.randn(1024, 64, generator=g) / 8
-    targets = torch.multinomial(1 / torch.arange(1.0, 1025), 4096, True, generator=g)  # Zipf's law
-    hidden = torch.randn(4096, 64, generator=g) + 4.5 * weight[targets]
-    leaves = [t.bfloat16().to(device).requires_grad_() for t in (hidden, weight)]
-    return [*leaves, targets.to(device)]
-
-
-def test_fp32_logits_stay_within_the_bounds_of_a_half_trained_model() -> None:
-    hidden, weight, targets = half_trained()
+@pytest.mark.parametrize("learnt", [4.5, 12.0])
+@pytest.mark.parametrize("logits_dtype", [BF16, FP32])
+def test_errors_stay_within_their_bounds_on_a_model_that_has_learnt(
+    logits_dtype: torch.dtype, learnt: float
+) -> None:
+    hidden, weight, targets = trained_model(learnt, "cuda")
     fp32_gradients(weight)
     exact = fp64_twins(hidden, weight)
     exact_loss = reference(exact[0], exact[1], targets).sum()
     exact_loss.backward()
-    loss, _ = linear_cross_entropy(hidden, weight, targets, logits_dtype=FP32)
+    loss, _ = linear_cross_entropy(hidden, weight, targets, logits_dtype=logits_dtype)
     loss.backward()
-    assert abs(loss.item() / exact_loss.item() - 1) < 1e-6
-    assert error(hidden.grad, exact[0].grad) <= 2.2e-3
-    assert error(weight.grad, exact[1].grad) <= 3e-4
+    found = error(hidden.grad, exact[0].grad), error(weight.grad, exact[1].grad)
+    assert abs(loss.item() / exact_loss.item() - 1) < (1e-6 if logits_dtype == FP32 else 1e-4)
+    # Rounding the hidden states' gradient to BF16 is 1.66e-3 of it; there is hardly more.
+    assert found[0] <= 2.2e-3, found
+    assert found[1] <= (1.5e-3 if (logits_dtype, learnt) == (BF16, 12.0) else 3e-4), found
 
 
 @pytest.mark.parametrize("logits_dtype", [BF16, FP32])
