@@ -52,11 +52,12 @@ class Model(nn.Module):
         self.places = nn.Embedding(CONTEXT, WIDTH)
         self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
         self.norm = nn.RMSNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, 257, bias=False)
+        self.head = mixprec.LinearCrossEntropy(WIDTH, 257)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss summed over targets, and their number without padding."""
         x = self.bytes(inputs) + self.places.weight
-        return self.head(self.norm(self.blocks(x)))
+        return self.head(self.norm(self.blocks(x)), targets)
 
 
 def read_sentences() -> Tensor:
@@ -75,9 +76,7 @@ def micro_batches(targets: Tensor, step: int) -> Tensor:
 def loss_and_tokens(model: nn.Module, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss summed over the bytes of a micro-batch, and their number without padding."""
     inputs = F.pad(targets[:, :-1], (1, 0), value=START)
-    logits = model(inputs.masked_fill(inputs == PADDING, START)).float()
-    loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    return loss_sum, (targets != PADDING).sum()
+    return model(inputs.masked_fill(inputs == PADDING, START), targets)
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:

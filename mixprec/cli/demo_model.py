@@ -56,13 +56,17 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(weight, std=0.05, generator=generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.last_hidden(inputs))
+
+    def last_hidden(self, inputs: Tensor) -> Tensor:
+        """What the head multiplies, `[batch, time, width]`."""
         # Widened so that the gradient of a row, a sum over all uses of its byte, is rounded once.
         table = self.embedding.weight
         hidden = F.embedding(inputs, table.float()).to(table.dtype)
         rotation = _rotation(inputs.shape[1], self.head_width, inputs.device)
         for block in self.blocks:
             hidden = block(hidden, rotation)
-        return self.head(self.norm(hidden))
+        return self.norm(hidden)
 
 
 class _Linear(nn.Module):
