@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_language_model.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLE = EXAMPLES / "train_language_model.py"
 
 # One interpreter imports torch and then forks for every start of the example, which saves three
 # seconds each. Moments to die at: `half-written` in the middle of the first checkpoint, `mid-step`
@@ -156,3 +157,28 @@ def test_the_example_is_one_page_of_public_names() -> None:
     source = EXAMPLE.read_text()
     assert len(source.splitlines()) <= 150
     assert "mixprec.cli" not in source and "from mixprec" not in source
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_sharded_head_learns_on_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    for name, value in {**env, "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(EXAMPLES / "sharded_head.py"), run_name="__main__")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_sharded_head_learns_on_two_ranks() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / "sharded_head.py")], capture_output=True, text=True, check=True
+    )
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.3

@@ -26,7 +26,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixprec.accumulation import GradientAccumulator
 from mixprec.cli.demo_model import LanguageModel
 from mixprec.cli.demo_text import PADDING, Corpus, model_input
-from mixprec.cross_entropy import linear_cross_entropy
 from mixprec.formats import BF16, FP16, FP32, Format
 from mixprec.loss_scaling import DynamicLossScaler
 from mixprec.optimizer import MixedPrecision
@@ -211,7 +210,7 @@ class _Training:
         num_tokens = _num_tokens(micro_batches)
         mean = 0.0
         for targets in micro_batches:
-            loss = self._loss_sum_of_logits(targets) / num_tokens
+            loss = self._loss_sum(targets) / num_tokens
             loss.backward()
             mean += loss.item()
         self.optimizer.step()
@@ -219,11 +218,6 @@ class _Training:
         return mean
 
     def _loss_sum(self, targets: Tensor) -> Tensor:
-        hidden, weight = self.model.last_hidden(model_input(targets)), self.model.head.weight
-        return linear_cross_entropy(hidden, weight, targets, ignore_index=PADDING)[0]
-
-    def _loss_sum_of_logits(self, targets: Tensor) -> Tensor:
-        """As torch alone computes it."""
         logits = self.model(model_input(targets)).float()
         return F.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=PADDING, reduction="sum"
