@@ -79,6 +79,11 @@ def local_shard(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard]:
     """Plain tensors of this rank, and what part of the vocabulary they are."""
+    if process_group is not None and not hasattr(process_group, "group_name"):
+        raise TypeError(
+            f"process_group is a {type(process_group).__name__}; give a ProcessGroup, such as "
+            f"mesh.get_group() or torch.distributed.group.WORLD"
+        )
     if not dist.is_available() or not _is_dtensor(weight):
         if process_group is None:
             return hidden, weight, bias, VocabShard(None, 0, weight.shape[0])

@@ -94,6 +94,23 @@ def check_bf16(rank: int) -> None:
     assert torch.equal(both[0], both[1])
 
 
+def check_compiled(rank: int) -> None:
+    hidden, weight, targets = case(30, dtype=BF16)
+    leaves = hidden, shard_of(weight, rank)
+    whole = group()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden * 2, weight, targets, process_group=whole)[0] * 3
+
+    expected = loss(*leaves)
+    grads = torch.autograd.grad(expected, leaves)
+    compiled: Any = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = compiled(*leaves)
+    assert torch.equal(found, expected)
+    for ours, right in zip(torch.autograd.grad(found, leaves), grads, strict=True):
+        assert torch.equal(ours, right)
+
+
 def check_refusals(rank: int) -> None:
     hidden, weight, targets = case(padding=0.0)
     mine = shard_of(weight, rank).detach()
@@ -105,13 +122,15 @@ def check_refusals(rank: int) -> None:
         linear_cross_entropy(hidden, mine, other, process_group=group())
     with pytest.raises(ValueError, match=r"a target is 50, but weight has 50 rows"):
         linear_cross_entropy(hidden, mine, targets + 50 - targets, process_group=group())
+    with pytest.raises(TypeError, match="process_group is a int; give a ProcessGroup"):
+        linear_cross_entropy(hidden, mine, targets, process_group=3)  # pyright: ignore
     targets.fill_(PADDING)
     loss, count = linear_cross_entropy(hidden, mine, targets, process_group=group())
     assert loss == 0 and count == 0
 
 
 def test_shards_give_what_the_whole_gives_and_ranks_that_disagree_are_refused() -> None:
-    on_ranks(check_options, check_bf16, check_refusals)
+    on_ranks(check_options, check_bf16, check_compiled, check_refusals)
 
 
 def check_dtensor(rank: int) -> None:

@@ -342,6 +342,11 @@ def parts() -> list[dict[str, Any]]:
         out.mul_(factors[:, None])
 
     works += [
+        (
+            "logits of the targets",
+            tokens * width * 4.0,
+            lambda: kernels.target_logits(hidden, weight, targets),
+        ),
         ("remainders, for hidden states", tokens * width * 8.0, by_hidden),
         (
             "remainders, for the weight",

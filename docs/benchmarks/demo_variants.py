@@ -1,8 +1,9 @@
-"""Two questions about the picture of `mixprec demo`, answered by training with one thing changed.
+"""Questions about the picture of `mixprec demo`, answered by training with one thing changed.
 
 When does FP16 need its loss scale? The same run, with gradients divided by the tokens of smaller
-and larger steps. Does emulation change the curves? The same runs on the processor's own 16-bit
-kernels, slow where it has no units for them.
+and larger steps; and with a loss whose logit gradients are divided after the products. Does
+emulation change the curves? The same runs on the processor's own 16-bit kernels, slow where it has
+no units for them.
 
     python docs/benchmarks/demo_variants.py
 """
@@ -13,10 +14,12 @@ import platform
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from mixprec.cli import demo_runs
 from mixprec.cli.demo_runs import RUNS, Outcome, Run, Settings, train
-from mixprec.cli.demo_text import Corpus, read_text
+from mixprec.cli.demo_text import PADDING, Corpus, model_input, read_text
+from mixprec.cross_entropy import linear_cross_entropy
 
 SETTINGS = Settings()
 FP32_RUN, *OTHERS = RUNS
@@ -33,6 +36,16 @@ def outcome(run: Run, settings: Settings = SETTINGS) -> Outcome:
     return train(run, settings, corpus, lambda outcome, num_tokens: None)
 
 
+WITH_LOGITS = demo_runs._Training._loss_sum
+
+
+def without_logits(training: demo_runs._Training, targets: Tensor) -> Tensor:
+    hidden = training.model.last_hidden(model_input(targets))
+    return linear_cross_entropy(hidden, training.model.head.weight, targets, ignore_index=PADDING)[
+        0
+    ]
+
+
 def above(reference: float, loss: float) -> str:
     return f"{round(loss - reference, 4) + 0.0:+.4f}"  # -0.0 + 0.0 is 0.0
 
@@ -47,6 +60,13 @@ def main() -> None:
         unscaled = outcome(UNSCALED, replace(SETTINGS, presumed_tokens=2**exponent))
         gap = above(reference, unscaled.held_out_loss)
         print(f"| 2^{exponent} tokens | {gap} | {unscaled.subnormal_grads:.1%} |", flush=True)
+
+    demo_runs._Training._loss_sum = without_logits
+    for exponent in (18, 20):
+        unscaled = outcome(UNSCALED, replace(SETTINGS, presumed_tokens=2**exponent))
+        gap = above(reference, unscaled.held_out_loss)
+        print(f"linear_cross_entropy, 2^{exponent} tokens: {gap}, {unscaled.subnormal_grads:.1%}")
+    demo_runs._Training._loss_sum = WITH_LOGITS
 
     emulated = {run: outcome(run).held_out_loss for run in OTHERS}
     demo_runs.emulated = lambda device, format: False
