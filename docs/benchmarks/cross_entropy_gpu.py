@@ -329,12 +329,24 @@ def parts() -> list[dict[str, Any]]:
         def kernel(logits: Tensor = logits) -> Any:
             return softmax_gradient_(logits, targets, LossTerms(), rounded_to=torch.bfloat16)
 
+        def in_blocks(size: int, logits: Tensor = logits) -> Callable[[], Any]:
+            def kernel_in_blocks() -> None:
+                usual, kernels._BLOCK = kernels._BLOCK, size
+                softmax_gradient_(logits, targets, LossTerms(), rounded_to=torch.bfloat16)
+                kernels._BLOCK = usual
+
+            return kernel_in_blocks
+
         def alone(logits: Tensor = logits) -> Any:
             return softmax_gradient_(logits, targets, LossTerms())
 
         works += [
             (f"row kernel, {dtype} logits", tokens * vocab * (2.0 * read + 2), kernel),
             (f"loss alone, {dtype} logits", tokens * vocab * float(read), alone),
+        ]
+        works += [
+            (f"row kernel, {dtype} logits, blocks of {size}", works[-2][1], in_blocks(size))
+            for size in (4096, 16384)
         ]
 
     def by_hidden() -> None:
