@@ -88,9 +88,9 @@ def linear_cross_entropy(
         reduction: "sum", or "none" for the loss of each token, which implies `recompute`.
         recompute: computes gradients in the backward pass, from logits made a second time. For a
             loss that is not always differentiated, or more than once, or not last in its graph.
-        logits_dtype: in which the product writes the logits: FP32, or the dtype of `hidden`, half
-            the bytes, whose rounding is then the largest error of the gradients. By default the
-            latter on a CUDA device, where it is faster, and FP32 elsewhere.
+        logits_dtype: in which the product writes the logits: FP32, or the dtype of `hidden` in half
+            the bytes, with the logit of each target in FP32 all the same. By default the latter on
+            a CUDA device, where it is faster, and FP32 elsewhere.
         chunk_size: tokens whose logits are alive at once; by default as many as fit 1 GiB, between
             512 and 4096. Changes memory, speed and rounding only.
         num_tokens: number of targets that are no padding, after the shift, where the caller knows
@@ -109,7 +109,8 @@ def linear_cross_entropy(
         `hidden`, both 0 if all is padding.
 
     Raises:
-        ValueError: for shapes that disagree, targets out of range and options out of range. On a
+        ValueError: for shapes that disagree, targets out of range, options out of range, and a
+            weight sharded over ranks of which nothing says that they share their tokens. On a
             device the targets are asserted there, and the host does not wait.
         TypeError: for targets that are no integers and for mixed dtypes.
         RuntimeError: from a second backward pass unless `recompute`, for second derivatives, inside

@@ -78,15 +78,12 @@ def _losses_and_gradients(
     count = (targets != ignore_index).sum()
     shard.check(len(weight), count)
     kept = _rows_kept(targets, num_classes, ignore_index, num_tokens)
-    labels = shard.local(targets, len(weight))
+    labels = shard.local(targets, len(weight)).contiguous()
     dtype = wide(hidden.dtype)
-    terms = LossTerms(
-        None if bias is None else bias.contiguous(),
-        None if class_weight is None else class_weight.to(dtype).contiguous(),
-        label_smoothing,
-        softcap,
-        z_loss,
-    )
+    bias = None if bias is None else bias.contiguous()
+    class_weight = None if class_weight is None else class_weight.to(dtype).contiguous()
+    token_weight = None if token_weight is None else token_weight.to(dtype).contiguous()
+    terms = LossTerms(bias, class_weight, label_smoothing, softcap, z_loss)
     # 16-bit operands with FP32 sums are CUDA's alone; elsewhere operands are widened, values kept.
     matrix = weight.to(hidden.dtype if hidden.is_cuda else dtype)
     losses = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
@@ -97,7 +94,7 @@ def _losses_and_gradients(
     with torch.autocast(hidden.device.type, enabled=False):  # it would round FP32 operands
         for rows in _chunks(kept, len(targets), chunk_size):
             first = slab is None
-            states, classes = hidden[rows].to(matrix.dtype), labels[rows].contiguous()
+            states, classes = hidden[rows].to(matrix.dtype), labels[rows]
             if slab is None:
                 slab = _slab(len(states), matrix, logits_dtype)
             logits = _multiply_into(slab[: len(states)], states, matrix.T)
@@ -105,10 +102,8 @@ def _losses_and_gradients(
                 _with_the_values_of(logits_dtype, logits),
                 classes,
                 terms,
-                None if token_weight is None else token_weight[rows].to(dtype).contiguous(),
-                target_logits=None
-                if logits_dtype == dtype
-                else _target_logits(states, matrix, classes),
+                None if token_weight is None else token_weight[rows],
+                target_logits=_target_logits(states, matrix, classes, logits_dtype),
                 rounded_to=hidden.dtype if any(needs) else None,
                 shard=shard,
             )
@@ -156,8 +151,12 @@ def _with_the_values_of(dtype: torch.dtype, logits: Tensor) -> Tensor:
     return logits if logits.dtype == dtype else logits.copy_(logits.to(dtype))
 
 
-def _target_logits(states: Tensor, matrix: Tensor, classes: Tensor) -> Tensor:
-    """`states[i] @ matrix[classes[i]]`, FP32: one logit a token that no product rounds."""
+def _target_logits(
+    states: Tensor, matrix: Tensor, classes: Tensor, logits_dtype: torch.dtype
+) -> Tensor | None:
+    """`states[i] @ matrix[classes[i]]` in FP32, where a product rounds the others to 16 bits."""
+    if logits_dtype.itemsize > 2:
+        return None
     if has_kernel(states.device, states.dtype):
         from mixprec import cross_entropy_kernels as kernels
 

@@ -90,12 +90,12 @@ def local_shard(
         rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
         name, rows = process_group.group_name, weight.shape[0]
         shard = VocabShard(name if size > 1 else None, rank * rows, size * rows)
-        return _to_local(hidden), weight, bias, shard
+        return _replicated(hidden), weight, bias, shard
     return _of_dtensor(hidden, weight, bias, process_group)
 
 
 def _of_dtensor(
-    hidden: Tensor, weight: Any, bias: Tensor | None, process_group: Any
+    hidden: Tensor, weight: Any, bias: Any, process_group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard]:
     mesh = weight.device_mesh
     placements = [(i, p) for i, p in enumerate(weight.placements) if not p.is_replicate()]
@@ -120,13 +120,25 @@ def _of_dtensor(
         start = min(-(-weight.shape[0] // size) * rank, weight.shape[0])
         name = group.group_name if size > 1 else None
     shard = VocabShard(name, start, weight.shape[0], even=False)
-    return _to_local(hidden), local, None if bias is None else _to_local(bias), shard
+    hidden = _replicated(hidden, mesh, placements[0][0] if placements else None)
+    return hidden, local, bias.to_local() if _is_dtensor(bias) else bias, shard
 
 
-def _to_local(tensor: Any) -> Tensor:
-    return tensor.to_local() if _is_dtensor(tensor) else tensor
+def _replicated(hidden: Any, mesh: Any = None, dim: int | None = None) -> Tensor:
+    """What this rank has of hidden states that all ranks of the vocabulary have."""
+    if not _is_dtensor(hidden):
+        return hidden
+    placements = hidden.placements
+    if dim is not None and hidden.device_mesh == mesh:
+        placements = placements[dim : dim + 1]
+    if not all(p.is_replicate() for p in placements):
+        raise ValueError(
+            f"hidden is a DTensor with placements {hidden.placements}; ranks that share a "
+            f"vocabulary need the same hidden states: redistribute it to Replicate() over them"
+        )
+    return hidden.to_local()
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Any) -> bool:
     """Without importing a large part of torch for tensors that are none."""
     return hasattr(tensor, "device_mesh")

@@ -160,6 +160,9 @@ def check_dtensor(rank: int) -> None:
         wrong = distribute_tensor(weight.detach(), mesh, [Shard(1)])
         with pytest.raises(ValueError, match="only its dim 0, the vocabulary, may be sharded"):
             linear_cross_entropy(states, wrong, targets)
+        apart = distribute_tensor(hidden.detach()[:36], mesh, [Shard(0)])
+        with pytest.raises(ValueError, match="need the same hidden states: redistribute it"):
+            linear_cross_entropy(apart, head, targets[:18])
         replicated = distribute_tensor(weight.detach(), mesh, [Replicate()])
         torch.testing.assert_close(linear_cross_entropy(plain, replicated, targets)[0], loss)
 
