@@ -115,9 +115,17 @@ def close(found: Tensor, exact: Tensor, *, rtol: float, atol: float, what: str) 
     )
 
 
-@pytest.mark.parametrize(("logits_dtype", "dtype"), KINDS)
-@pytest.mark.parametrize("name", TERMS)
-@pytest.mark.parametrize("vocab", [1, 50, 8192, 20_001])
+# Each kind of kernel is compiled once, so not every product of these is tried.
+ROWS = [
+    (vocab, name, *kind)
+    for name in TERMS
+    for kind in KINDS
+    for vocab in (1, 50, 8192, 20_001)
+    if name in ("plain", "everything") or (vocab == 20_001 and kind in KINDS[::2])
+]
+
+
+@pytest.mark.parametrize(("vocab", "name", "logits_dtype", "dtype"), ROWS)
 def test_rows_are_those_of_fp64(
     vocab: int, name: str, logits_dtype: torch.dtype, dtype: torch.dtype
 ) -> None:
