@@ -91,8 +91,8 @@ def linear_cross_entropy(
         logits_dtype: in which the product writes the logits: FP32, or the dtype of `hidden` in half
             the bytes, with the logit of each target in FP32 all the same. By default the latter on
             a CUDA device, where it is faster, and FP32 elsewhere.
-        chunk_size: tokens whose logits are alive at once; by default as many as fit 1 GiB, between
-            512 and 4096. Changes memory, speed and rounding only.
+        chunk_size: most tokens whose logits are alive at once; by default as many as fit 1 GiB,
+            between 512 and 8192. Changes memory, speed and rounding only.
         num_tokens: number of targets that are no padding, after the shift, where the caller knows
             it: then the host does not wait for the device to count. Checked.
         shift: scores each hidden state against the next target along the last axis, and the last

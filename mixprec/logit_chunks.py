@@ -13,6 +13,7 @@ tokens, which depends on the data.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,11 +24,10 @@ from mixprec.vocab_shards import VocabShard
 __all__ = ["default_chunk_size", "losses_and_gradients", "wide"]
 
 _SLAB_BYTES = 2**30
-# Each chunk of C tokens reads and writes the FP32 weight gradient once. By an H200's peak rates
-# that takes 245 / C of the time of the products: 6 % at 4096, half at 512.
-_MOST_TOKENS = 4096
+_MOST_TOKENS = 8192
 _FEWEST_TOKENS = 512
 _TILE = 128  # tokens of one tile of a product
+_TILE_COLUMNS = 256
 _ALIGNMENT = 64  # elements: rows that start at multiples of 128 bytes are read in whole lines
 
 
@@ -37,7 +37,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def default_chunk_size(vocab: int, logits_dtype: torch.dtype) -> int:
-    """Tokens a chunk: the power of two in [512, 4096] whose logits fit 1 GiB.
+    """Most tokens a chunk: the power of two in [512, 8192] whose logits fit 1 GiB.
 
     >>> import torch
     >>> default_chunk_size(128256, torch.bfloat16), default_chunk_size(128256, torch.float32)
@@ -75,10 +75,11 @@ def _losses_and_gradients(
     The last four arguments are a `VocabShard`; then the gradient by hidden is that of all shards.
     """
     shard = VocabShard(group_name, first_class, num_classes, even_shards)
-    count = (targets != ignore_index).sum()
+    padding = targets == ignore_index
+    count = (~padding).sum()
     shard.check(len(weight), count)
-    kept = _rows_kept(targets, num_classes, ignore_index, num_tokens)
-    labels = shard.local(targets, len(weight)).contiguous()
+    kept = _rows_kept(targets, padding, num_classes, ignore_index, num_tokens)
+    labels = shard.local(targets, len(weight)).masked_fill(padding, -1)
     dtype = wide(hidden.dtype)
     bias = None if bias is None else bias.contiguous()
     class_weight = None if class_weight is None else class_weight.to(dtype).contiguous()
@@ -88,13 +89,15 @@ def _losses_and_gradients(
     matrix = weight.to(hidden.dtype if hidden.is_cuda else dtype)
     losses = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
     remainders = torch.zeros_like(losses)
+    target_logits = _target_logits(hidden, matrix, labels, logits_dtype)
     grads = _empty_gradients(hidden, weight, needs)
     _zero_what_no_product_writes(grads, kept, targets)
     slab = None
     with torch.autocast(hidden.device.type, enabled=False):  # it would round FP32 operands
-        for rows in _chunks(kept, len(targets), chunk_size):
+        size = _even_size(len(kept), chunk_size, hidden.shape[1], _processors(hidden.device))
+        for rows in _chunks(kept, len(targets), size):
             first = slab is None
-            states, classes = hidden[rows].to(matrix.dtype), labels[rows]
+            states, classes = _pick(hidden, rows).to(matrix.dtype), labels[rows]
             if slab is None:
                 slab = _slab(len(states), matrix, logits_dtype)
             logits = _multiply_into(slab[: len(states)], states, matrix.T)
@@ -103,7 +106,7 @@ def _losses_and_gradients(
                 classes,
                 terms,
                 None if token_weight is None else token_weight[rows],
-                target_logits=_target_logits(states, matrix, classes, logits_dtype),
+                target_logits=None if target_logits is None else target_logits[rows],
                 rounded_to=hidden.dtype if any(needs) else None,
                 shard=shard,
             )
@@ -112,7 +115,7 @@ def _losses_and_gradients(
                 remainders[rows] = done.remainders
                 _add_gradients_(grads, needs, rows, classes, done, states, matrix, first, shard)
         if hidden.dtype.itemsize == 2:
-            _add_remainders_(grads, needs, kept, labels, remainders, hidden)
+            _add_remainders_(grads, needs, labels, remainders, hidden)
     return losses, count, *grads
 
 
@@ -125,13 +128,51 @@ def _zero_what_no_product_writes(grads: tuple[Tensor, ...], kept: Tensor, target
         by_weight.zero_()
 
 
-def _chunks(kept: Tensor, tokens: int, chunk_size: int) -> Iterator[slice | Tensor]:
-    """Rows of chunks of about equal size; slices where nothing is padding, which copy nothing."""
-    chunks = max(-(-len(kept) // chunk_size), 1)
-    size = min(-(-len(kept) // (chunks * _TILE)) * _TILE, chunk_size)
-    for start in range(0, len(kept), max(size, 1)):
+@cache
+def _processors(device: torch.device) -> int:
+    """How many tiles of a product are made at once."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _even_size(tokens: int, most: int, width: int, processors: int) -> int:
+    """Tokens a chunk, at most `most`: the size for which all chunks together take least time.
+
+    The product for the hidden states has few tiles, all of them `vocab` deep, and lasts as long as
+    that many waves of one tile a processor: a wave that is not full costs as much as one that is.
+    Each chunk also reads and writes the FP32 weight gradient once. On an H200, at 700 TFLOP/s and
+    4 TB/s, a wave takes 12.4 ns a class, and that gradient 2 ps a class and column.
+
+    >>> _even_size(8192, 4096, 4096, processors=132)
+    4096
+    >>> _even_size(7021, 4096, 4096, processors=132)  # 7 waves; two equal chunks would take 8
+    3968
+    >>> _even_size(1000, 600, 64, processors=1)
+    512
+    """
+    if most < _TILE:
+        return most
+    tiles = max(-(-tokens // _TILE), 1)
+    columns = -(-width // _TILE_COLUMNS)
+
+    def time(size: int) -> float:
+        whole, rest = divmod(tiles, size)
+        busy = whole * -(-size * columns // processors) + -(-rest * columns // processors)
+        return busy + (whole + (rest > 0)) * width * 2e-3 / 12.4
+
+    return min(range(1, min(most // _TILE, tiles) + 1), key=time) * _TILE
+
+
+def _chunks(kept: Tensor, tokens: int, size: int) -> Iterator[slice | Tensor]:
+    """Rows of each chunk; slices where nothing is padding, which copy nothing."""
+    for start in range(0, len(kept), size):
         whole = slice(start, min(start + size, tokens))
         yield whole if len(kept) == tokens else kept[whole]
+
+
+def _pick(matrix: Tensor, rows: slice | Tensor) -> Tensor:
+    return matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)
 
 
 def _slab(tokens: int, matrix: Tensor, logits_dtype: torch.dtype) -> Tensor:
@@ -152,17 +193,27 @@ def _with_the_values_of(dtype: torch.dtype, logits: Tensor) -> Tensor:
 
 
 def _target_logits(
-    states: Tensor, matrix: Tensor, classes: Tensor, logits_dtype: torch.dtype
+    hidden: Tensor, matrix: Tensor, labels: Tensor, logits_dtype: torch.dtype
 ) -> Tensor | None:
-    """`states[i] @ matrix[classes[i]]` in FP32, where a product rounds the others to 16 bits."""
+    """`hidden[i] @ matrix[labels[i]]` in FP32, where a product rounds the others to 16 bits.
+
+    Those of a label of -1 mean nothing.
+    """
     if logits_dtype.itemsize > 2:
         return None
-    if has_kernel(states.device, states.dtype):
+    if has_kernel(hidden.device, hidden.dtype):
         from mixprec import cross_entropy_kernels as kernels
 
-        return kernels.target_logits(states, matrix, classes)
-    dtype = wide(states.dtype)
-    return (states.to(dtype) * matrix[classes.clamp(min=0)].to(dtype)).sum(1)
+        return kernels.target_logits(hidden, matrix, labels)
+    dtype = wide(hidden.dtype)
+    return torch.cat(
+        [
+            (states.to(dtype) * matrix[classes.clamp(min=0)].to(dtype)).sum(1)
+            for states, classes in zip(
+                hidden.split(_FEWEST_TOKENS), labels.split(_FEWEST_TOKENS), strict=True
+            )
+        ]
+    )
 
 
 def _add_gradients_(
@@ -190,10 +241,15 @@ def _add_gradients_(
     # Sums over shards are FP32, others are rounded as they leave the product.
     dtype = matrix.dtype if shard.whole else by_weight.dtype
     in_place = isinstance(rows, slice) and by_hidden.dtype == dtype
-    out = by_hidden[rows] if in_place else torch.empty_like(states, dtype=dtype)
+    if in_place:
+        out = by_hidden[rows]
+    elif isinstance(rows, Tensor) and states.dtype == dtype:
+        out = states  # a copy, which nothing reads any more
+    else:
+        out = states.new_empty(states.shape, dtype=dtype)
     if by_hidden.dtype.itemsize == 2 and len(matrix):
         # At most 2^-9 of a row of the weight, so 16 bits hold it beside the product's FP32 sum.
-        _gather_into(out, matrix, classes).mul_(remainders[:, None])
+        _write_multiples_of_rows_(out, remainders, matrix, classes)
         _add_product_(out, grad_logits, matrix)
     else:
         torch.mm(grad_logits, matrix, out=out)
@@ -202,18 +258,21 @@ def _add_gradients_(
         by_hidden[rows] = out.to(by_hidden.dtype)
 
 
-def _gather_into(out: Tensor, matrix: Tensor, classes: Tensor) -> Tensor:
-    """Rows of `matrix`, any of them where a class is -1."""
-    rows = classes.clamp(min=0)
-    if out.dtype == matrix.dtype:
-        return torch.index_select(matrix, 0, rows, out=out)
-    return out.copy_(matrix[rows])
+def _write_multiples_of_rows_(
+    out: Tensor, factors: Tensor, matrix: Tensor, classes: Tensor
+) -> None:
+    """`out[i] = factors[i] * matrix[classes[i]]`; factors are 0 where a class is -1."""
+    if has_kernel(out.device, out.dtype):
+        from mixprec import cross_entropy_kernels as kernels
+
+        kernels.multiples_of_rows_(out, factors, matrix, classes)
+    else:
+        torch.mul(matrix[classes.clamp(min=0)], factors[:, None], out=out)
 
 
 def _add_remainders_(
     grads: tuple[Tensor, ...],
     needs: list[bool],
-    kept: Tensor,
     labels: Tensor,
     remainders: Tensor,
     hidden: Tensor,
@@ -221,21 +280,19 @@ def _add_remainders_(
     """Add the remainders to the gradients of weight and bias, in a fixed order."""
     _, by_weight, by_bias = grads
     if needs[1]:
-        _add_by_class_(by_weight, kept, labels, remainders, hidden)
+        _add_by_class_(by_weight, labels, remainders, hidden)
     if needs[2]:
-        _add_by_class_(by_bias[:, None], kept, labels, remainders, torch.ones_like(hidden[:, :1]))
+        _add_by_class_(by_bias[:, None], labels, remainders, torch.ones_like(hidden[:, :1]))
 
 
-def _add_by_class_(
-    sums: Tensor, kept: Tensor, labels: Tensor, factors: Tensor, states: Tensor
-) -> None:
-    """`sums[labels[i]] += factors[i] * states[i]` for all i in `kept` whose label is not -1."""
+def _add_by_class_(sums: Tensor, labels: Tensor, factors: Tensor, states: Tensor) -> None:
+    """`sums[labels[i]] += factors[i] * states[i]` for all i whose label is not -1."""
     if has_kernel(sums.device, sums.dtype):
         from mixprec import cross_entropy_kernels as kernels
 
-        kernels.add_products_by_class_(sums, labels[kept], factors[kept], states, kept)
+        kernels.add_products_by_class_(sums, labels, factors, states)
         return
-    for rows in kept[labels[kept] >= 0].split(_FEWEST_TOKENS):
+    for rows in (labels >= 0).nonzero().squeeze(1).split(_FEWEST_TOKENS):
         sums.index_add_(0, labels[rows], factors[rows, None] * states[rows])
 
 
@@ -288,9 +345,11 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple
     )
 
 
-def _rows_kept(targets: Tensor, vocab: int, ignore_index: int, num_tokens: int | None) -> Tensor:
+def _rows_kept(
+    targets: Tensor, padding: Tensor, vocab: int, ignore_index: int, num_tokens: int | None
+) -> Tensor:
     """Indices of the targets that are no padding; the host waits unless it knows their number."""
-    kept = targets != ignore_index
+    kept = ~padding
     wrong = kept & ((targets < 0) | (targets >= vocab))
     if targets.device.type == "cpu":
         _check_on_host(targets, kept, wrong, vocab, ignore_index, num_tokens)

@@ -764,9 +764,11 @@ def test_module_can_be_tied_and_starts_as_a_linear_layer_does() -> None:
 @pytest.mark.parametrize(
     ("vocab", "dtype", "tokens"),
     [
-        (1, BF16, 4096),
-        (32_000, BF16, 4096),
-        (50_304, BF16, 4096),
+        (1, BF16, 8192),
+        (32_000, BF16, 8192),
+        (50_304, BF16, 8192),
+        (65_536, BF16, 8192),
+        (65_537, BF16, 4096),
         (128_256, BF16, 4096),
         (128_256, FP32, 2048),
         (256_000, BF16, 2048),
@@ -783,6 +785,38 @@ def test_default_chunk_holds_at_most_a_gibibyte(
     assert default_chunk_size(vocab, dtype) == tokens
     if tokens > 512:
         assert tokens * vocab * dtype.itemsize <= 2**30
+
+
+@pytest.mark.parametrize("processors", [1, 108, 132])
+@pytest.mark.parametrize("width", [64, 2048, 2304, 4096])
+@pytest.mark.parametrize("tokens", [0, 1, 127, 2000, 7021, 8192, 28_087])
+def test_chunks_cover_all_tokens_once_in_no_more_rows_than_asked_for(
+    tokens: int, width: int, processors: int
+) -> None:
+    kept = torch.arange(tokens)
+    for most in (1, 100, 128, 1000, 2048, 4096):
+        size = logit_chunks._even_size(tokens, most, width, processors)
+        assert size <= most and (size % 128 == 0 or most < 128)
+        if tokens // size > 1000:
+            continue
+        for rows in (tokens, tokens + 1):  # nothing or something is padding
+            chunks = [kept[chunk] for chunk in logit_chunks._chunks(kept, rows, size)]
+            assert torch.equal(torch.cat([kept[:0], *chunks]), kept)
+
+
+def waves(tokens: int, size: int, columns: int) -> list[int]:
+    sizes = [min(size, tokens - start) for start in range(0, tokens, size)]
+    return [-(-(-(-rows // 128) * columns) // 132) for rows in sizes]
+
+
+def test_chunks_fill_waves_of_tiles_or_are_of_equal_size() -> None:
+    found = logit_chunks._even_size(7021, 4096, 4096, 132)
+    assert waves(7021, found, 16) == [4, 3]
+    assert waves(7021, 3584, 16) == [4, 4]
+    found = logit_chunks._even_size(8192, 2048, 2304, 132)
+    assert waves(8192, found, 9) == [1] * 5
+    assert waves(8192, 2048, 9) == [2] * 4
+    assert logit_chunks._even_size(1000, 600, 64, 1) == 512  # 4 and 4 tiles, the last not full
 
 
 # ------------------------------------------------------------------ what is refused

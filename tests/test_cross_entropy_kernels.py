@@ -281,21 +281,51 @@ def test_products_are_added_by_target_in_a_fixed_order(width: int, targets: str)
     elsewhere = torch.rand(tokens, generator=g).to(DEVICE) < 0.3
     labels[elsewhere] = -1
     factors = torch.randn(tokens, generator=g).to(DEVICE)
-    states = torch.randn(100, width, generator=g).to(DEVICE, BF16)
-    rows = torch.randperm(100, generator=g)[:tokens].to(DEVICE)
+    states = torch.randn(tokens, 2 * width, generator=g).to(DEVICE, BF16)[:, :width]
+    states[elsewhere] = torch.nan  # such a state is not read
     start = torch.randn(vocab, width, generator=g).to(DEVICE)
 
     from mixprec.cross_entropy_kernels import add_products_by_class_
 
     sums, again = start.clone(), start.clone()
-    add_products_by_class_(sums, labels, factors, states, rows)
-    add_products_by_class_(again, labels, factors, states, rows)
+    add_products_by_class_(sums, labels, factors, states)
+    add_products_by_class_(again, labels, factors, states)
     expected = start.double()
     here = ~elsewhere
-    products = factors[here, None].double() * states[rows[here]].double()
+    products = factors[here, None].double() * states[here].double()
     expected.index_add_(0, labels[here], products)
     close(sums, expected, rtol=0, atol=2e-5, what="sums")
     assert torch.equal(sums, again)
+
+
+def test_products_of_no_class_at_all_change_nothing() -> None:
+    from mixprec.cross_entropy_kernels import add_products_by_class_
+
+    sums = torch.ones(3, 5, device=DEVICE)
+    nowhere = torch.full((4,), -1, device=DEVICE)
+    states = torch.full((4, 5), torch.nan, device=DEVICE)
+    add_products_by_class_(sums, nowhere, torch.ones(4, device=DEVICE), states)
+    add_products_by_class_(sums, nowhere[:0], torch.ones(0, device=DEVICE), states[:0])
+    assert (sums == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("width", [1, 300, 2048])
+def test_multiples_of_rows_are_rounded_once(width: int, dtype: torch.dtype) -> None:
+    from mixprec.cross_entropy_kernels import multiples_of_rows_
+
+    g = seeded()
+    weight = torch.randn(7, 2 * width, generator=g).to(DEVICE, BF16)[:, :width]
+    classes = torch.tensor([6, 0, -1, 3, 3], device=DEVICE)
+    factors = torch.randn(5, generator=g).to(DEVICE)
+    found = torch.full((5, width + 3), 9.0, device=DEVICE, dtype=dtype)
+    multiples_of_rows_(found[:, :width], factors, weight, classes)
+    expected = factors[:, None] * weight[classes].float()
+    expected[2] = 0
+    assert (found[:, width:] == 9).all()
+    # The interpreter cuts BF16 off where a GPU rounds.
+    half_spacing = torch.finfo(BF16).eps / (1 if INTERPRETED else 2) if dtype == BF16 else 0.0
+    close(found[:, :width], expected.double(), rtol=half_spacing, atol=0, what="multiples")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
