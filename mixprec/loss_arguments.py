@@ -29,7 +29,7 @@ def operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.
         raise TypeError(f"{named}; they must be FP32, BF16, FP16 or FP64")
     device = hidden.device.type
     castable = torch.float64 not in dtypes.values()
-    if castable and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if castable and _autocast(device):
         return torch.get_autocast_dtype(device)
     if len(set(dtypes.values())) > 1:
         raise TypeError(
@@ -37,6 +37,12 @@ def operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.
             f"choose: cast one, or run under torch.autocast"
         )
     return hidden.dtype
+
+
+def _autocast(device: str) -> bool:
+    """Compilers of some versions know one of these functions only; what they compile for has it."""
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return available and torch.is_autocast_enabled(device)
 
 
 def dtype_of_logits(
