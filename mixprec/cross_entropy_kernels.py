@@ -559,9 +559,11 @@ def _multiples_of_rows_kernel(
     factors,
     weight,
     classes,
+    addends,
     width,
     results_stride,
     weight_stride,
+    addends_stride,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -570,14 +572,25 @@ def _multiples_of_rows_kernel(
     inside = columns < width
     w = tl.load(weight + own * weight_stride + columns, mask=inside & (own >= 0), other=0.0)
     product = tl.load(factors + row) * w.to(tl.float32)
+    if addends is not None:
+        product += tl.load(addends + row * addends_stride + columns, mask=inside, other=0.0)
     at = results + row * results_stride + columns
     tl.store(at, product.to(results.dtype.element_ty), mask=inside)
 
 
-def multiples_of_rows_(results: Tensor, factors: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
-    """`results[i] = factors[i] * weight[classes[i]]`, rounded once; 0 for a class of -1."""
+def multiples_of_rows_(
+    results: Tensor,
+    factors: Tensor,
+    weight: Tensor,
+    classes: Tensor,
+    addends: Tensor | None = None,
+) -> Tensor:
+    """`results[i] = factors[i] * weight[classes[i]] + addends[i]`, in FP32, rounded once.
+
+    A class of -1 counts as a row of zeros. Factors and addends are FP32.
+    """
     tokens, width = results.shape
-    assert results.stride(1) == 1
+    assert results.stride(1) == 1 and (addends is None or addends.stride(1) == 1)
     if results.numel():
         weight = _with_dense_rows(weight)
         block = _columns_of_a_program(width)
@@ -587,9 +600,11 @@ def multiples_of_rows_(results: Tensor, factors: Tensor, weight: Tensor, classes
                 factors,
                 weight,
                 classes,
+                addends,
                 width,
                 results.stride(0),
                 weight.stride(0),
+                0 if addends is None else addends.stride(0),
                 BLOCK=block,
                 num_warps=max(block // 256, 1),
             )

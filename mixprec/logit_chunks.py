@@ -28,6 +28,9 @@ _MOST_TOKENS = 8192
 _FEWEST_TOKENS = 512
 _TILE = 128  # tokens of one tile of a product
 _TILE_COLUMNS = 256
+# With fewer tiles than processors a product is split along what it sums over, and parts in 16 bits
+# are added up in 16 bits (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction).
+_ELEMENTS_OF_A_WAVE = 2**22
 _ALIGNMENT = 64  # elements: rows that start at multiples of 128 bytes are read in whole lines
 
 
@@ -247,27 +250,37 @@ def _add_gradients_(
         out = states  # a copy, which nothing reads any more
     else:
         out = states.new_empty(states.shape, dtype=dtype)
-    if by_hidden.dtype.itemsize == 2 and len(matrix):
+    if by_hidden.dtype.itemsize > 2 or not len(matrix):
+        torch.mm(grad_logits, matrix, out=out)
+    elif out.dtype.itemsize == 2 and out.numel() <= _ELEMENTS_OF_A_WAVE:
+        sums = states.new_empty(states.shape, dtype=torch.float32)
+        _write_multiples_of_rows_(
+            out, remainders, matrix, classes, _multiply_into(sums, grad_logits, matrix)
+        )
+    else:
         # At most 2^-9 of a row of the weight, so 16 bits hold it beside the product's FP32 sum.
         _write_multiples_of_rows_(out, remainders, matrix, classes)
         _add_product_(out, grad_logits, matrix)
-    else:
-        torch.mm(grad_logits, matrix, out=out)
     shard.reduce_(out, "sum")
     if not in_place:
         by_hidden[rows] = out.to(by_hidden.dtype)
 
 
 def _write_multiples_of_rows_(
-    out: Tensor, factors: Tensor, matrix: Tensor, classes: Tensor
+    out: Tensor,
+    factors: Tensor,
+    matrix: Tensor,
+    classes: Tensor,
+    addends: Tensor | None = None,
 ) -> None:
-    """`out[i] = factors[i] * matrix[classes[i]]`; factors are 0 where a class is -1."""
+    """`out[i] = factors[i] * matrix[classes[i]] + addends[i]`; at a class of -1 factors are 0."""
     if has_kernel(out.device, out.dtype):
         from mixprec import cross_entropy_kernels as kernels
 
-        kernels.multiples_of_rows_(out, factors, matrix, classes)
-    else:
-        torch.mul(matrix[classes.clamp(min=0)], factors[:, None], out=out)
+        kernels.multiples_of_rows_(out, factors, matrix, classes, addends)
+        return
+    products = matrix[classes.clamp(min=0)] * factors[:, None]
+    out.copy_(products if addends is None else products.add_(addends))
 
 
 def _add_remainders_(

@@ -35,15 +35,15 @@ def case(
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def trained_model(learnt: float, device: str = "cpu") -> list[Tensor]:
+def trained_model(learnt: float, device: str = "cpu", width: int = 64) -> list[Tensor]:
     """`case` in BF16 of 4096 tokens and 1024 classes, whose frequencies are by Zipf's law.
 
     Hidden states have learnt their targets: mean loss is near 3 for 4.5, and 0.2 for 12.
     """
     g = seeded()
-    weight = torch.randn(1024, 64, generator=g) / 8
+    weight = torch.randn(1024, width, generator=g) / width**0.5
     targets = torch.multinomial(1 / torch.arange(1.0, 1025), 4096, True, generator=g)
-    hidden = torch.randn(4096, 64, generator=g) + learnt * weight[targets]
+    hidden = torch.randn(4096, width, generator=g) + learnt * weight[targets]
     leaves = [t.bfloat16().to(device).requires_grad_() for t in (hidden, weight)]
     return [*leaves, targets.to(device)]
 

@@ -309,9 +309,10 @@ def test_products_of_no_class_at_all_change_nothing() -> None:
     assert (sums == 1).all()
 
 
+@pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("width", [1, 300, 2048])
-def test_multiples_of_rows_are_rounded_once(width: int, dtype: torch.dtype) -> None:
+def test_multiples_of_rows_are_rounded_once(width: int, dtype: torch.dtype, added: bool) -> None:
     from mixprec.cross_entropy_kernels import multiples_of_rows_
 
     g = seeded()
@@ -319,13 +320,17 @@ def test_multiples_of_rows_are_rounded_once(width: int, dtype: torch.dtype) -> N
     classes = torch.tensor([6, 0, -1, 3, 3], device=DEVICE)
     factors = torch.randn(5, generator=g).to(DEVICE)
     found = torch.full((5, width + 3), 9.0, device=DEVICE, dtype=dtype)
-    multiples_of_rows_(found[:, :width], factors, weight, classes)
-    expected = factors[:, None] * weight[classes].float()
+    addends = 100 * torch.randn(5, width, generator=g).to(DEVICE) if added else None
+    multiples_of_rows_(found[:, :width], factors, weight, classes, addends)
+    expected = factors[:, None].double() * weight[classes].double()
     expected[2] = 0
+    if addends is not None:
+        expected += addends
     assert (found[:, width:] == 9).all()
     # The interpreter cuts BF16 off where a GPU rounds.
-    half_spacing = torch.finfo(BF16).eps / (1 if INTERPRETED else 2) if dtype == BF16 else 0.0
-    close(found[:, :width], expected.double(), rtol=half_spacing, atol=0, what="multiples")
+    half_spacing = torch.finfo(dtype).eps / (1 if INTERPRETED and dtype == BF16 else 2)
+    # FP32 rounds the product, then the sum, each by half a spacing of numbers up to 400.
+    close(found[:, :width], expected, rtol=half_spacing, atol=4e-5 * added, what="multiples")
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
