@@ -97,7 +97,7 @@ def _losses_and_gradients(
     _zero_what_no_product_writes(grads, kept, targets)
     slab = None
     with torch.autocast(hidden.device.type, enabled=False):  # it would round FP32 operands
-        size = _even_size(len(kept), chunk_size, hidden.shape[1], _processors(hidden.device))
+        size = _size_of_chunks(len(kept), chunk_size, hidden.shape[1], _processors(hidden.device))
         for rows in _chunks(kept, len(targets), size):
             first = slab is None
             states, classes = _pick(hidden, rows).to(matrix.dtype), labels[rows]
@@ -139,7 +139,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _even_size(tokens: int, most: int, width: int, processors: int) -> int:
+def _size_of_chunks(tokens: int, most: int, width: int, processors: int) -> int:
     """Tokens a chunk, at most `most`: the size for which all chunks together take least time.
 
     The product for the hidden states has few tiles, all of them `vocab` deep, and lasts as long as
@@ -147,11 +147,11 @@ def _even_size(tokens: int, most: int, width: int, processors: int) -> int:
     Each chunk also reads and writes the FP32 weight gradient once. On an H200, at 700 TFLOP/s and
     4 TB/s, a wave takes 12.4 ns a class, and that gradient 2 ps a class and column.
 
-    >>> _even_size(8192, 4096, 4096, processors=132)
+    >>> _size_of_chunks(8192, 4096, 4096, processors=132)
     4096
-    >>> _even_size(7021, 4096, 4096, processors=132)  # 7 waves; two equal chunks would take 8
+    >>> _size_of_chunks(7021, 4096, 4096, processors=132)  # 7 waves; two equal chunks would take 8
     3968
-    >>> _even_size(1000, 600, 64, processors=1)
+    >>> _size_of_chunks(1000, 600, 64, processors=1)
     512
     """
     if most < _TILE:

@@ -808,7 +808,7 @@ def test_chunks_cover_all_tokens_once_in_no_more_rows_than_asked_for(
 ) -> None:
     kept = torch.arange(tokens)
     for most in (1, 100, 128, 1000, 2048, 4096):
-        size = logit_chunks._even_size(tokens, most, width, processors)
+        size = logit_chunks._size_of_chunks(tokens, most, width, processors)
         assert size <= most and (size % 128 == 0 or most < 128)
         if tokens // size > 1000:
             continue
@@ -823,13 +823,13 @@ def waves(tokens: int, size: int, columns: int) -> list[int]:
 
 
 def test_chunks_fill_waves_of_tiles_or_are_of_equal_size() -> None:
-    found = logit_chunks._even_size(7021, 4096, 4096, 132)
+    found = logit_chunks._size_of_chunks(7021, 4096, 4096, 132)
     assert waves(7021, found, 16) == [4, 3]
     assert waves(7021, 3584, 16) == [4, 4]
-    found = logit_chunks._even_size(8192, 2048, 2304, 132)
+    found = logit_chunks._size_of_chunks(8192, 2048, 2304, 132)
     assert waves(8192, found, 9) == [1] * 5
     assert waves(8192, 2048, 9) == [2] * 4
-    assert logit_chunks._even_size(1000, 600, 64, 1) == 512  # 4 and 4 tiles, the last not full
+    assert logit_chunks._size_of_chunks(1000, 600, 64, 1) == 512  # 4 and 4 tiles, the last not full
 
 
 # ------------------------------------------------------------------ what is refused

@@ -267,6 +267,8 @@ def test_peak_memory_is_that_of_the_formula(logits_dtype: torch.dtype, padding: 
     formula = chunk * vocab * logits_dtype.itemsize + 4 * vocab * width + 2 * tokens * width
     if padding:
         formula += 2 * chunk * width
+    if chunk * width <= 2**22:
+        formula += 4 * chunk * width
     assert torch.cuda.max_memory_allocated() - before <= formula + 2**22
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
