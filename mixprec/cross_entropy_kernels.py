@@ -122,15 +122,18 @@ def _write_gradient(
     softcap,
     target,
     at_target,
-    lse,
-    mass,
+    top,
+    share,
     spread,
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     NARROWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`(mass p - spread w) slope`, and `at_target` at the target.
+    """`(share exp(z - top) - spread w) slope`, and `at_target` at the target.
+
+    Not `exp(z - lse)`: rounding a log-sum-exp of 20 would move every p by a millionth, which is all
+    of p - 1 where a target is well learnt. `z - top` is exact there.
 
     A gradient of half the width goes to the front half of the row: bytes 2j to 2j+1, where those of
     4j to 4j+3 were read. No block writes what a later one reads; the first writes what it reads
@@ -155,7 +158,7 @@ def _write_gradient(
             False,
             "evict_first",
         )
-        g = mass * tl.exp(z - lse)
+        g = share * tl.exp(z - top)
         if SMOOTHING:
             if class_weight is not None:
                 g -= spread * tl.load(class_weight + offsets, mask=inside, other=0.0)
@@ -227,7 +230,8 @@ def _loss_and_gradient_kernel(
         EXACT,
         BLOCK,
     )
-    lse = top + tl.log(total)
+    log_total = tl.log(total)
+    lse = top + log_total
 
     hit = 1.0
     target_weight = 1.0
@@ -236,7 +240,7 @@ def _loss_and_gradient_kernel(
         hit = target_weight
     if SMOOTHING:
         hit = hit * (1.0 - label_smoothing)
-    loss = hit * (lse - picked)
+    loss = hit * ((top - picked) + log_total)
     mass = hit
     taken = hit
     spread = 0.0
@@ -261,7 +265,8 @@ def _loss_and_gradient_kernel(
     tl.store(lses + row, lse)
 
     if GRADIENT:
-        at_target = mass * tl.exp(picked - lse) - taken
+        share = tl.div_rn(mass, total)
+        at_target = share * tl.exp(picked - top) - taken
         if SOFTCAP:
             u = picked / softcap
             at_target *= 1.0 - u * u
@@ -277,8 +282,8 @@ def _loss_and_gradient_kernel(
             softcap,
             target,
             at_target,
-            lse,
-            mass,
+            top,
+            share,
             spread,
             SOFTCAP,
             SMOOTHING,
@@ -423,8 +428,8 @@ def _shard_gradient_kernel(
     class_weight,
     targets,
     at_targets,
-    lses,
-    masses,
+    tops,
+    shares,
     spreads,
     logits_stride,
     gradient_stride,
@@ -447,8 +452,8 @@ def _shard_gradient_kernel(
         softcap,
         tl.load(targets + row).to(tl.int32),
         tl.load(at_targets + row),
-        tl.load(lses + row),
-        tl.load(masses + row),
+        tl.load(tops + row),
+        tl.load(shares + row),
         tl.load(spreads + row),
         SOFTCAP,
         SMOOTHING,
@@ -464,13 +469,13 @@ def shard_gradient_(
     class_weight: Tensor | None,
     targets: Tensor,
     at_targets: Tensor,
-    lses: Tensor,
-    masses: Tensor,
+    tops: Tensor,
+    shares: Tensor,
     spreads: Tensor,
     softcap: float | None,
     smoothing: bool,
 ) -> None:
-    """Write `(mass p - spread w) slope`, and `at_targets` at `targets`, which may lie outside."""
+    """Write `(share exp(z - top) - spread w) slope`; `at_targets` at `targets` that are here."""
     _launch(
         _shard_gradient_kernel,
         logits,
@@ -479,8 +484,8 @@ def shard_gradient_(
         class_weight,
         targets,
         at_targets,
-        lses,
-        masses,
+        tops,
+        shares,
         spreads,
         logits.stride(0),
         gradient.stride(0),

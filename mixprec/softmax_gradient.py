@@ -152,7 +152,8 @@ def _by_kernels_of_a_shard(
     row = _row_of(highest, total, picked, weighted, targets, terms, token_weight, shard)
     if rounded_to is None:
         return Rows(row.losses, row.lse, None, None)
-    at_target = row.mass * (picked - row.lse).exp() - row.hit
+    share = row.mass / row.total
+    at_target = share * (picked - highest).exp() - row.hit
     at_target -= row.spread * (1.0 if class_weight is None else class_weight[column])
     if slope is not None:
         at_target *= slope
@@ -164,8 +165,8 @@ def _by_kernels_of_a_shard(
         class_weight,
         targets,
         at_target,
-        row.lse,
-        row.mass,
+        highest,
+        share,
         row.spread,
         softcap,
         label_smoothing != 0,
@@ -259,10 +260,12 @@ def _row_of(
     if class_weight is None:
         weight_sum = torch.full_like(total, shard.vocab)
 
-    lse = top + total.log()
+    log_total = total.log()
+    lse = top + log_total
     factor = torch.ones_like(lse) if token_weight is None else token_weight
     hit = (1 - label_smoothing) * target_weight
     spread = label_smoothing / shard.vocab
-    losses = hit * (lse - picked) + spread * (weight_sum * lse - weighted) + z_loss * lse.square()
+    losses = hit * ((top - picked) + log_total)  # the first term is exact where p is near 1
+    losses += spread * (weight_sum * lse - weighted) + z_loss * lse.square()
     mass = hit + spread * weight_sum + 2 * z_loss * lse
     return _Row(losses * factor, lse, total, mass * factor, hit * factor, spread * factor)
