@@ -16,7 +16,7 @@ from interpreted import Interpreted
 from small_rules import Rule, params, recordings
 from torch import Tensor
 
-from mixprec.fused import dispatch
+from mixprec.fused import translations
 from mixprec.fused.admission import ROUNDING, SPACING, TOLERANCE, admit_fused
 from mixprec.fused.dispatch import Recorder
 from mixprec.fused.program import NUMEL, OPERATIONS, Op, Program
@@ -312,7 +312,7 @@ class UsesSumAndMean(Rule):
         p.add_(grad / (grad.square().sum() + grad.abs().mean()), alpha=-group["lr"])
 
 
-TRANSLATIONS: dict[str, Any] = vars(dispatch)["_TRANSLATIONS"]
+TRANSLATIONS: dict[str, Any] = translations.TRANSLATIONS
 
 
 def a_mean_for_a_sum(patch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def a_sum_for_a_mean(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_size_of_another_tensor(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(dispatch, "NUMEL", 77.0)
+    patch.setattr(translations, "NUMEL", 77.0)
 
 
 def the_sum_of_another_tensor(patch: pytest.MonkeyPatch) -> None:

@@ -15,23 +15,19 @@ way that no number known in advance decides.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixprec.fused.program import BOOLEAN, NUMEL, REDUCTIONS
+from mixprec.fused.program import BOOLEAN, NUMEL, REDUCTIONS, NotFusible
+from mixprec.fused.translations import OVER_ALL, TRANSLATIONS
 
 RawOp = tuple[str, tuple[str, ...], str]
 """Name, inputs, output. `%3` is the value of the operation 3, `#3` the scalar 3."""
-
-
-class NotFusible(Exception):
-    """Why a rule cannot be recorded, as the end of the sentence "it cannot be fused: ..."."""
 
 
 class Recorder(TorchDispatchMode):
@@ -133,9 +129,9 @@ class Recorder(TorchDispatchMode):
             return
         if base in MAKERS and not self.makes_elements(args, result):
             return  # of another size: refused where it meets an element
-        if base in _REDUCTIONS:
+        if base in OVER_ALL:
             self._check_reduction(func, args, result)
-        translate = _TRANSLATIONS.get(base)
+        translate = TRANSLATIONS.get(base)
         if translate is None:
             raise NotFusible(_why_not(func))
         target: Tensor = kwargs.get("out", result)
@@ -318,210 +314,3 @@ _OF_ELEMENTS = {"zeros", "ones", "full"}
 _LOGIC = {"logical_and", "logical_or", "logical_xor", "logical_not"}
 
 _IGNORED = {"out", "dtype", "layout", "device", "pin_memory", "memory_format", "non_blocking"}
-
-# ---------------------------------------- torch's operations in terms of a program's
-
-_Value = str | float
-"""The name of a value, or a number."""
-
-
-def _add(r: Recorder, a: _Value, b: _Value, alpha: float | None = None) -> str:
-    return r.emit("add", a, b) if alpha is None else r.emit("add_scaled", a, b, alpha)
-
-
-def _sub(r: Recorder, a: _Value, b: _Value, alpha: float | None = None) -> str:
-    return r.emit("sub", a, b) if alpha is None else r.emit("sub_scaled", a, b, alpha)
-
-
-def _rsub(r: Recorder, a: _Value, b: _Value, alpha: float | None = None) -> str:
-    return _sub(r, b, a, alpha)
-
-
-def _div(r: Recorder, a: _Value, b: _Value, rounding_mode: str | None = None) -> str:
-    if rounding_mode is None:
-        return r.emit("div", a, b)
-    return r.emit(rounding_mode, r.emit("div", a, b))
-
-
-def _pow(r: Recorder, base: _Value, exponent: _Value) -> str:
-    # Torch has kernels of their own for these, and so will ours: the exponent becomes structure.
-    known = {2: "square", 0.5: "sqrt", -0.5: "rsqrt", -1: "reciprocal"}
-    if isinstance(base, str) and isinstance(exponent, (int, float)) and exponent in known:
-        return r.emit(known[exponent], base)
-    return r.emit("pow", base, exponent)
-
-
-def _addcmul(r: Recorder, a: _Value, b: _Value, c: _Value, value: float | None = None) -> str:
-    return r.emit("addcmul", a, b, c) if value is None else r.emit("addcmul_scaled", a, b, c, value)
-
-
-def _addcdiv(r: Recorder, a: _Value, b: _Value, c: _Value, value: float | None = None) -> str:
-    return r.emit("addcdiv", a, b, c) if value is None else r.emit("addcdiv_scaled", a, b, c, value)
-
-
-def _clamp(r: Recorder, a: _Value, min: _Value | None = None, max: _Value | None = None) -> str:
-    value = a
-    if min is not None:
-        value = r.emit("max", value, min)
-    if max is not None:
-        value = r.emit("min", value, max)
-    return cast(str, value)
-
-
-def _masked_fill(r: Recorder, a: _Value, mask: _Value, value: _Value) -> str:
-    return r.emit("where", mask, value, a)
-
-
-def _nan_to_num(
-    r: Recorder,
-    a: _Value,
-    nan: float | None = None,
-    posinf: float | None = None,
-    neginf: float | None = None,
-) -> str:
-    largest = torch.finfo(torch.float32).max
-    value = r.emit("where", r.emit("isnan", a), nan or 0.0, a)
-    for infinity, given in ((math.inf, posinf), (-math.inf, neginf)):
-        finite = math.copysign(largest, infinity) if given is None else given
-        value = r.emit("where", r.emit("eq", value, infinity), finite, value)
-    return value
-
-
-def _index_put(
-    r: Recorder, a: _Value, indices: list[Any], value: _Value, accumulate: bool = False
-) -> str:
-    """`a[mask] = number`; a mask is as large as the parameter, as all that is recorded."""
-    mask = indices[0]
-    if len(indices) != 1 or mask not in r.booleans or isinstance(value, str) or accumulate:
-        raise NotFusible("torch.index_put is not element-wise")
-    return r.emit("where", mask, value, a)
-
-
-def _copy(r: Recorder, source: _Value, *_rest: object) -> str:
-    return source if isinstance(source, str) else r.emit("full", source)
-
-
-def _same_value(r: Recorder, a: str, *_rest: object) -> str:
-    return a
-
-
-def _joined(name: str) -> Callable[..., str]:
-    """`torch.stack` or `cat` of one number of the tensor; lists of them come from foreach code."""
-
-    def join(r: Recorder, parts: list[_Value], *_rest: object) -> str:
-        if len(parts) != 1 or parts[0] not in r.per_tensor:
-            raise NotFusible(f"torch.{name} is not element-wise")
-        return parts[0]
-
-    return join
-
-
-def _sum(r: Recorder, a: str, *_dims: object) -> str:
-    return a if a in r.per_tensor else r.emit("sum", a)
-
-
-def _mean(r: Recorder, a: str, *_dims: object) -> str:
-    return a if a in r.per_tensor else r.emit("div", _sum(r, a), NUMEL)
-
-
-def _largest(r: Recorder, a: str, *_dims: object) -> str:
-    return a if a in r.per_tensor else r.emit("amax", a)
-
-
-def _smallest(r: Recorder, a: str, *_dims: object) -> str:
-    return a if a in r.per_tensor else r.emit("amin", a)
-
-
-def _norm(r: Recorder, a: str, p: float | None = 2, *_dims: object) -> str:
-    if p is None or p == 2:
-        return r.emit("sqrt", _sum(r, r.emit("square", a)))
-    size = r.emit("abs", a)
-    if p in (math.inf, -math.inf):
-        return (_largest if p > 0 else _smallest)(r, size)
-    if p == 0:
-        return _sum(r, r.emit("float", r.emit("ne", a, 0.0)))
-    return _sum(r, size) if p == 1 else _pow(r, _sum(r, _pow(r, size, p)), 1 / p)
-
-
-def _dot(r: Recorder, a: str, b: str) -> str:
-    return _sum(r, r.emit("mul", a, b))
-
-
-def _var(
-    r: Recorder, a: str, *_dims: object, correction: float | None = None, keepdim: bool = False
-) -> str:
-    apart = r.emit("square", r.emit("sub", a, _mean(r, a)))
-    lost = 1 if correction is None else correction
-    return r.emit("div", _sum(r, apart), r.emit("sub", NUMEL, lost))
-
-
-def _std(r: Recorder, a: str, *_dims: object, **kinds: Any) -> str:
-    return r.emit("sqrt", _var(r, a, **kinds))
-
-
-def _zeros(r: Recorder, *_: object) -> str:
-    return r.emit("zeros")
-
-
-def _ones(r: Recorder, *_: object) -> str:
-    return r.emit("ones")
-
-
-def _full(r: Recorder, *operands: _Value) -> str:
-    return r.emit("full", operands[-1])
-
-
-def _plain(name: str) -> Callable[..., str]:
-    return lambda r, *operands: r.emit(name, *operands)
-
-
-_PLAIN = (
-    "neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh "
-    "tanh sigmoid erf relu sign floor ceil trunc round isfinite isnan isinf logical_not mul where "
-    "lt le gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign"
-).split()
-
-_REDUCTIONS: dict[str, Callable[..., str]] = {
-    "sum": _sum,
-    "mean": _mean,
-    "dot": _dot,
-    "std": _std,
-    "var": _var,
-    **dict.fromkeys(("amax", "max"), _largest),
-    **dict.fromkeys(("amin", "min"), _smallest),
-    **dict.fromkeys(("norm", "linalg_vector_norm"), _norm),
-}
-"""Over all elements of one tensor."""
-
-_TRANSLATIONS: dict[str, Callable[..., str]] = {
-    **_REDUCTIONS,
-    **{name: _plain(name) for name in _PLAIN},
-    **{name: _plain("max") for name in ("maximum", "clamp_min")},
-    **{name: _plain("min") for name in ("minimum", "clamp_max")},
-    **{f"bitwise_{name}": _plain(f"logical_{name}") for name in ("not", "and", "or", "xor")},
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _zeros),
-    **dict.fromkeys(("empty", "empty_like", "new_empty", "empty_strided"), _zeros),
-    **dict.fromkeys(("ones", "ones_like", "new_ones"), _ones),
-    **dict.fromkeys(("full_like", "full", "new_full"), _full),
-    "add": _add,
-    "sub": _sub,
-    "rsub": _rsub,
-    "div": _div,
-    "true_divide": _div,
-    "pow": _pow,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
-    "clamp": _clamp,
-    "masked_fill": _masked_fill,
-    "index_put": _index_put,
-    "nan_to_num": _nan_to_num,
-    "copy": _copy,
-    "fill": _copy,
-    "stack": _joined("stack"),
-    "cat": _joined("cat"),
-    "clone": _same_value,
-    "contiguous": _same_value,
-    "_to_copy": _same_value,
-    "sgn": _plain("sign"),
-    "float_power": _pow,
-}

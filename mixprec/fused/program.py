@@ -39,6 +39,11 @@ MASTER = "master"
 GRAD = "grad"
 NUMEL = "numel"
 
+
+class NotFusible(Exception):
+    """Why a rule is no program, as the end of the sentence "it cannot be fused: ..."."""
+
+
 _OURS = re.compile(r"[rst]\d+|master|grad|numel")
 
 

@@ -27,8 +27,7 @@ apart, by where they come from.
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from mixprec.admission import Manner, twin_of
 from mixprec.fused.dispatch import NotFusible, RawOp, Recorder
 from mixprec.fused.program import GRAD, MASTER, Op, Program, is_free_name
 from mixprec.fused.sizes import NumbersOnHost, SizeRecorder
+from mixprec.fused.state import Element, RuleState, is_one, own, without_elements
 from mixprec.inner import copy_marks, map_leaves, rule_of, same
 
 PROBE_SIZES = (7, 11, 2, 3, 2, 3)
@@ -54,96 +54,6 @@ _IMPLEMENTATIONS = ("foreach", "fused", "capturable")
 _NOT_VALUES = ("params", "param_names")
 
 _PLAIN_VALUES = (int, float, str, type(None))
-
-
-@dataclass(frozen=True)
-class Element:
-    """The place of a tensor of elements in a list, deque or dict that a rule keeps."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class RuleState:
-    """What a rule keeps for a parameter, without the values of its elements.
-
-    Attributes:
-        numbers: entries that are known in advance: step counts, flags, None; collections, with an
-            `Element` in the place of each tensor of the parameter's shape.
-        elements: names of the tensors of the parameter's shape. One in a collection is called
-            `queue[0]` or `buffers[0.9]`, by its index or key.
-        reduced: names of the entries that hold one number of the data, and their tensors' shapes.
-    """
-
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    elements: tuple[str, ...] = ()
-    reduced: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @staticmethod
-    def of(entry: Mapping[str, Any], param: Tensor, reduced: Collection[str] = ()) -> RuleState:
-        """That of a parameter's entry in an optimizer's `state`, without its `master`.
-
-        Args:
-            entry: the rule's own entries.
-            param: the parameter, for its shape.
-            reduced: names of entries that hold numbers of the data, as the rule's recordings or
-                its admission give them.
-
-        >>> import torch
-        >>> entry = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2)}
-        >>> state = RuleState.of(entry, torch.zeros(2, 2))
-        >>> state.numbers, state.elements
-        ({'step': tensor(3.)}, ('exp_avg',))
-        """
-        elements: list[str] = []
-
-        def place(name: str, value: Any) -> Any:
-            if not _is_like(value, param):
-                return value
-            elements.append(name)
-            return Element(name)
-
-        kept = {k: v for k, v in entry.items() if k != MASTER}
-        shapes = {k: tuple(v.shape) for k, v in kept.items() if k in reduced and is_one(v)}
-        numbers = {k: map_leaves(place, k, v) for k, v in kept.items() if k not in shapes}
-        return RuleState(_without_elements(numbers), tuple(elements), shapes)
-
-    def tensors(self, entry: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The tensors of elements and reduced ones in an optimizer's entry, by their names here."""
-        names = {*self.elements, *self.reduced}
-        found: dict[str, Tensor] = {}
-
-        def take(name: str, value: Any) -> Any:
-            if name in names:
-                found[name] = value
-
-        for name, value in entry.items():
-            map_leaves(take, name, value)
-        return found
-
-    def entry(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """An optimizer's entry of this state: its numbers, and `tensors` by their names here.
-
-        >>> import torch
-        >>> entry = {"step": 3, "queue": [torch.ones(2)]}
-        >>> state = RuleState.of(entry, torch.zeros(2))
-        >>> state.elements
-        ('queue[0]',)
-        >>> state.entry({"queue[0]": torch.zeros(2)})
-        {'step': 3, 'queue': [tensor([0., 0.])]}
-        """
-
-        placed: set[str] = set()
-
-        def fill(_name: str, value: Any) -> Any:
-            if not isinstance(value, Element):
-                return _own(value)
-            placed.add(value.name)
-            return tensors[value.name]
-
-        filled = {name: map_leaves(fill, name, value) for name, value in self.numbers.items()}
-        names = [name for name in (*self.elements, *self.reduced) if name not in placed]
-        return {**filled, **{name: tensors[name] for name in names}}
 
 
 @dataclass(frozen=True)
@@ -307,7 +217,7 @@ class Probe:
         attributes = _plain(self._inner)
         for key in [k for k in self._group if k not in group and k not in _NOT_VALUES]:
             del self._group[key]
-        self._group.update((key, _own(value)) for key, value in group.items())
+        self._group.update((key, own(value)) for key, value in group.items())
         chosen = {**dict.fromkeys(_IMPLEMENTATIONS, False), "foreach": foreach}
         self._group.update((key, value) for key, value in chosen.items() if key in group)
         self._group["params"][:] = [param]
@@ -316,7 +226,15 @@ class Probe:
         vars(self._twin).update(attributes)
         if "foreach" in attributes:
             self._twin.foreach = foreach
-        self._twin.state = defaultdict(dict, _shared(self._inner))
+        self._twin.state = defaultdict(dict, self._shared())
+
+    def _shared(self) -> dict[Any, Any]:
+        """What the rule keeps in its state under keys that are no parameters."""
+        state = cast(dict[Any, Any], self._inner.state)
+        seen = (id(state), len(state))  # a look at every key takes longer than the rest of a step
+        if self._shared_keys is None or self._shared_keys[0] != seen:
+            self._shared_keys = seen, [key for key in state if not isinstance(key, Tensor)]
+        return {key: own(state[key]) for key in self._shared_keys[1]}
 
     def _recording(
         self,
@@ -341,7 +259,7 @@ class Probe:
             return Element(name)
 
         entry: dict[str, Any] = self._twin.state.get(param) or {}
-        numbers = _without_elements({k: map_leaves(place, k, v) for k, v in entry.items()})
+        numbers = without_elements({k: map_leaves(place, k, v) for k, v in entry.items()})
         if key := next((k for k in reduced if k not in entry), None):
             raise NotFusible(f"it keeps a number of the data inside of a collection, as {key}")
         group = _changes(self._group, before)
@@ -373,7 +291,7 @@ class Probe:
 
 def _taken(group: Mapping[str, Any]) -> dict[str, Any]:
     """A group's values, which the probe may edit, on the host."""
-    return {k: _own(v) for k, v in group.items() if k not in _NOT_VALUES}
+    return {k: own(v) for k, v in group.items() if k not in _NOT_VALUES}
 
 
 def _plain(optimizer: Optimizer) -> dict[str, Any]:
@@ -425,31 +343,10 @@ def _changes(values: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, 
     return {key: value for key, value in named.items() if not same(value, before.get(key))}
 
 
-def _own(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    return copy.deepcopy(value) if isinstance(value, (dict, list, deque)) else value
-
-
 def _known(value: Tensor) -> float:
     if value.is_meta:
         raise NotFusible("its state has numbers that only data would show")
     return float(value)
-
-
-def is_one(value: Any) -> bool:
-    """Whether a value may be a number of the data that a rule keeps."""
-    return isinstance(value, Tensor) and value.numel() == 1 and value.dtype == torch.float32
-
-
-def _is_like(value: Any, param: Tensor) -> bool:
-    like = isinstance(value, Tensor) and value.shape == param.shape and param.ndim > 0
-    return like and value.is_floating_point()
-
-
-def _without_elements(numbers: dict[str, Any]) -> dict[str, Any]:
-    """Without entries that are a tensor of elements themselves."""
-    return {name: value for name, value in numbers.items() if not isinstance(value, Element)}
 
 
 def _check_kept(name: str, value: Tensor) -> None:
