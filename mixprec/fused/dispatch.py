@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mixprec.fused.calls import Call, Lifted
 from mixprec.fused.program import BOOLEAN, NUMEL, REDUCTIONS, NotFusible
 from mixprec.fused.translations import OVER_ALL, TRANSLATIONS
 
@@ -36,6 +37,12 @@ class Recorder(TorchDispatchMode):
     A tensor is known by the memory it lies in, so views and in-place operations need no care: an
     in-place operation gives its memory a new value. The recorder keeps every such tensor alive, so
     no memory is used twice.
+
+    Attributes:
+        ops, scalars: what is written down.
+        calls: torch's calls that it was written down for, for a `tape.Tape`.
+        plain: functions that were called on numbers alone; whether each may make elements.
+        named: every tensor that came to hold a value, and its memory at that time.
     """
 
     def __init__(self, roots: Mapping[str, Tensor], reduced: Mapping[str, Tensor]) -> None:
@@ -46,19 +53,30 @@ class Recorder(TorchDispatchMode):
         master = next(iter(roots.values()))
         self.numel, self._shape = master.numel(), master.shape
         tensors = {**roots, **reduced}
-        self._values = {_memory(tensor): name for name, tensor in tensors.items()}
+        self._values = {memory_of(tensor): name for name, tensor in tensors.items()}
         self.booleans: set[str] = set()
         self.reduced = tuple(reduced)
         self.per_tensor: set[str] = {NUMEL, *reduced}
-        self._alive = [tensor.detach() for tensor in tensors.values()]
+        self._storages = [tensor.detach() for tensor in tensors.values()]
+        self.named = [(tensor, memory_of(tensor)) for tensor in tensors.values()]
+        self.calls: list[Call] = []
+        self.plain: dict[Any, bool] = {}
+        self._call = Call()
+        self._repeats = True
+
+    @property
+    def repeats(self) -> bool:
+        """Whether `calls` say all there is to say of the recording, but for values of numbers."""
+        unmoved = all(memory_of(tensor) == memory for tensor, memory in self.named)
+        return self._repeats and unmoved and not self._call.sources
 
     def value_of(self, value: Any) -> str | None:
         """The value that lies in a tensor now, if it comes of elements."""
-        return self._values.get(_memory(value)) if isinstance(value, Tensor) else None
+        return self._values.get(memory_of(value)) if isinstance(value, Tensor) else None
 
     def holds(self, value: Any) -> bool:
         """Whether tensors with such values are anywhere inside."""
-        return any(self.value_of(tensor) is not None for tensor in _tensors(value))
+        return any(self.value_of(tensor) is not None for tensor in tensors_in(value))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -66,30 +84,37 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotFusible(f"it draws random numbers ({_called(func)})")
-        name: str = func._schema.name.partition("::")[2]
+        name = _name(func)
         if name.startswith("_foreach_"):
             return self._foreach(func, name, args, kwargs)
-        if not self._sees(args, kwargs):
+        if not self.sees(args, kwargs):
             result = self.call(func, args, kwargs, seen=False)
             if name in _FACTORIES and self.makes_elements(args, result):
                 self._record(func, name, args, kwargs, result)
+                self._log(func, args, kwargs, result)
+            else:
+                self.plain[func] = name in _FACTORIES
             return result
         if name in _READS:
             raise NotFusible(_what_it_reads(func, name))
         before = self._before(name, args)
+        if "out" in kwargs and self.value_of(kwargs["out"]) is None:
+            self._repeats = False
         result = self.call(func, args, kwargs, seen=True)
         self._record(func, name, before, kwargs, args[0] if _is_in_place(name) else result)
+        self._log(func, args, kwargs, result)
         return result
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any], *, seen: bool) -> Any:
         """Run an operation; `seen` if it touches elements."""
         return func(*args, **kwargs)
 
-    def _sees(self, args: Any, kwargs: dict[str, Any]) -> bool:
+    def sees(self, args: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether an operation on these touches elements."""
         values = self._values
         for arg in (*args, *kwargs.values()) if kwargs else args:
             if isinstance(arg, Tensor):
-                if _memory(arg) in values:
+                if memory_of(arg) in values:
                     return True
             elif isinstance(arg, (list, tuple)) and self.holds(arg):
                 return True
@@ -99,29 +124,58 @@ class Recorder(TorchDispatchMode):
         """Record what happens to each tensor of the lists."""
         before = self._before(name, [_shallow(arg) for arg in args])
         targets = args[0]
-        results = self.call(func, args, kwargs, seen=self._sees(args, kwargs))
+        results = self.call(func, args, kwargs, seen=self.sees(args, kwargs))
         if not _is_in_place(name):
             targets = results
+        seen: set[bool] = set()
         for place in range(next(len(arg) for arg in args if isinstance(arg, (list, tuple)))):
             single = [arg[place] if isinstance(arg, (list, tuple)) else arg for arg in before]
             named = {k: v[place] if isinstance(v, (list, tuple)) else v for k, v in kwargs.items()}
-            if self._sees(single, named):
+            seen.add(self.sees(single, named))
+            if self.sees(single, named):
                 short = name.removeprefix("_foreach_")
-                self._record(func, short, single, named, targets[place])
+                self._record(func, short, single, named, targets[place], place)
+        if seen == {False}:
+            self.plain[func] = False
+        else:
+            self._repeats = self._repeats and seen == {True}
+            self._log(func, args, kwargs, results)
         return results
+
+    def _log(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Keep a call for a tape, with what `_record` noted of it."""
+        call, self._call = self._call, Call()
+        call.func, call.args, call.kwargs, call.result = func, args, kwargs, result
+        call.is_view = _base(func) in _VIEWS
+        self.calls.append(call)
+        reshapes = call.is_view and _is_in_place(_name(func))
+        traced = any(
+            tensor.requires_grad and tensor is not args[0] for tensor in tensors_in(result)
+        )
+        self._repeats = self._repeats and not reshapes and not traced
 
     def _before(self, name: str, args: Any) -> Any:
         """The operands of an operation, which are encoded after it ran, as it finds them."""
         if not _is_in_place(name):
             return args
         own = [self._own_number(tensor) for tensor in _listed(args[0])]
+        if self.sees(args, {}) and not all(map(self.value_of, _listed(args[0]))):
+            self._repeats = False  # a number becomes one of the data
         return [own if isinstance(args[0], list) else own[0], *args[1:]]
 
     def _own_number(self, tensor: Tensor) -> Tensor:
         is_number = tensor.numel() == 1 and self.value_of(tensor) is None
         return tensor.clone() if is_number else tensor
 
-    def _record(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    def _record(
+        self,
+        func: Any,
+        name: str,
+        args: Any,
+        kwargs: dict[str, Any],
+        result: Any,
+        place: int | None = None,
+    ) -> None:
         """Write down that an operation on `args` made `result`, which may be its first argument."""
         base = name[:-1] if _is_in_place(name) else name
         if base in _VIEWS:
@@ -135,25 +189,37 @@ class Recorder(TorchDispatchMode):
         if translate is None:
             raise NotFusible(_why_not(func))
         target: Tensor = kwargs.get("out", result)
-        rest = args[1:] if base in _OVERWRITES else args
-        operands = [self._operand(func, arg) for arg in rest]
-        named = {k: self._operand(func, v) for k, v in kwargs.items() if k not in _IGNORED}
+        skip = int(base in _OVERWRITES)
+        operands = [self._operand(func, a, i, place) for i, a in enumerate(args) if i >= skip]
+        given = {k: v for k, v in kwargs.items() if k not in _IGNORED}
+        named = {k: self._operand(func, v, k, place) for k, v in given.items()}
         if base in _OVERWRITES and self._is_reset(target, operands):
             value = self.emit("float", operands[0] if operands else 0.0)
         else:
             value = translate(self, *operands, **named)
         self._bind(func, target, value)
 
-    def _operand(self, func: Any, arg: Any) -> Any:
+    def _operand(self, func: Any, arg: Any, key: int | str, place: int | None) -> Any:
         """A value's name, a number, or what else an operation takes, unchanged."""
         if isinstance(arg, (list, tuple)):
-            return [self._operand(func, item) for item in arg]
+            return [self._value(func, item) for item in arg]
+        value = self._value(func, arg, nested=False)
+        if type(value) in (float, int):
+            return self._call.lift(value, key, place)
+        if isinstance(arg, Tensor) and not isinstance(value, str):
+            self._repeats = False  # a tensor of one truth value
+        return value
+
+    def _value(self, func: Any, arg: Any, *, nested: bool = True) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [self._value(func, item) for item in arg]
         if not isinstance(arg, Tensor):
             return arg
-        value = self._values.get(_memory(arg))
+        value = self._values.get(memory_of(arg))
         if value is not None:
             return value
         if arg.numel() == 1:
+            self._repeats = self._repeats and not nested
             return arg.item()
         raise NotFusible(
             f"{_called(func)} takes a tensor of {arg.numel()} elements that comes from neither "
@@ -176,10 +242,10 @@ class Recorder(TorchDispatchMode):
 
     def _check_view(self, func: Any, viewed: Tensor, result: Any) -> None:
         if self.value_of(viewed) in self.per_tensor:
-            for tensor in _tensors(result):
+            for tensor in tensors_in(result):
                 if tensor.numel() not in (1, self.numel):
                     raise NotFusible(_why_not(func))
-                self._keep(tensor, self._values[_memory(viewed)])
+                self._keep(tensor, self._values[memory_of(viewed)])
             return
         whole = isinstance(result, Tensor) and result.numel() == self.numel
         if not whole or not result.is_contiguous() or result.dtype != viewed.dtype:
@@ -191,7 +257,7 @@ class Recorder(TorchDispatchMode):
         return over and not any(isinstance(operand, str) for operand in operands)
 
     def _bind(self, func: Any, target: Tensor, value: str) -> None:
-        memory = _memory(target)
+        memory = memory_of(target)
         one = target.numel() == 1 and self._values.get(memory, value) in self.per_tensor
         if value in self.per_tensor and not one:
             value = self.emit("full", value)
@@ -206,8 +272,9 @@ class Recorder(TorchDispatchMode):
         self._keep(target, value)
 
     def _keep(self, tensor: Tensor, value: str) -> None:
-        self._values[_memory(tensor)] = value
-        self._alive.append(tensor)
+        memory = memory_of(tensor)
+        self._values[memory] = value
+        self.named.append((tensor, memory))
 
     def emit(self, name: str, *inputs: Any) -> str:
         """Record an operation on values and numbers; returns the name of its value."""
@@ -229,11 +296,14 @@ class Recorder(TorchDispatchMode):
 
     def _as_number(self, operand: Any) -> Any:
         """A value that is no truth value, for arithmetic."""
-        return self.emit("float", operand) if operand in self.booleans else operand
+        return self.emit("float", operand) if self._is_truth(operand) else operand
 
     def _as_truth(self, operand: Any) -> Any:
         """A truth value: whether a number is not 0."""
-        return operand if operand in self.booleans else self.emit("ne", operand, 0.0)
+        return operand if self._is_truth(operand) else self.emit("ne", operand, 0.0)
+
+    def _is_truth(self, operand: Any) -> bool:
+        return isinstance(operand, str) and operand in self.booleans
 
     def _named(self, operand: Any) -> str:
         if isinstance(operand, str):
@@ -241,20 +311,21 @@ class Recorder(TorchDispatchMode):
         if not isinstance(operand, (int, float)):
             raise NotFusible(f"it computes with {operand!r}, which is no real number")
         self.scalars.append(float(operand))
+        self._call.sources.append(operand if isinstance(operand, Lifted) else float(operand))
         return f"#{len(self.scalars) - 1}"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (list, tuple, deque, dict)):
         items = value.values() if isinstance(value, dict) else value
         for item in items:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
-def _memory(tensor: Tensor) -> int:
+def memory_of(tensor: Tensor) -> int:
     """What two tensors have in common when they share memory from its beginning."""
     return tensor.data_ptr() or tensor.untyped_storage()._cdata  # without data on a meta device
 
@@ -265,6 +336,15 @@ def _shallow(arg: Any) -> Any:
 
 def _listed(arg: Any) -> list[Tensor]:
     return arg if isinstance(arg, list) else [arg]
+
+
+def _name(func: Any) -> str:
+    return func._schema.name.partition("::")[2]
+
+
+def _base(func: Any) -> str:
+    name = _name(func)
+    return name[:-1] if _is_in_place(name) else name
 
 
 def _is_in_place(name: str) -> bool:

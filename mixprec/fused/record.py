@@ -8,10 +8,12 @@ is lifted into a list of scalars, in order of appearance:
     torch.optim.AdamW at step 7   ->   master' = s0 * master + s6 * exp_avg' / (...)   (the program)
                                        [0.99999, 0.1, 0.999, ..., -1.9e-3]             (the scalars)
 
-The next step is recorded again, and costs a fraction of a millisecond, because that is the only
-way to have its scalars right without knowing the rule: schedules, betas edited by hand, step counts
-and bias corrections come out of the rule's own code. Programs are equal when nothing but numbers
-changed, so a kernel made for one serves until the rule takes another branch (RAdam's warm-up).
+The rule runs again for the next step, because that is the only way to have its scalars right
+without knowing it: schedules, betas edited by hand, step counts and bias corrections come out of
+the rule's own code. It is played along the recording of the last step for as long as it does the
+same (`fused.replay`), which costs some 0.1 ms, and recorded anew where it does not. Programs are
+equal when nothing but numbers changed, so a kernel made for one serves until the rule takes another
+branch (RAdam's warm-up).
 
 A recording never looks at values of elements, and a rule that does is refused: nothing in it would
 follow from the numbers alone. Refused are also operations that mix elements (products of matrices,
@@ -27,10 +29,11 @@ apart, by where they come from.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -40,8 +43,10 @@ from torch.optim import Optimizer
 from mixprec.admission import Manner, twin_of
 from mixprec.fused.dispatch import NotFusible, RawOp, Recorder
 from mixprec.fused.program import GRAD, MASTER, Op, Program, is_free_name
+from mixprec.fused.replay import Replay
 from mixprec.fused.sizes import NumbersOnHost, SizeRecorder
 from mixprec.fused.state import Element, RuleState, is_one, own, without_elements
+from mixprec.fused.tape import Tape, tape_of
 from mixprec.inner import copy_marks, map_leaves, rule_of, same
 
 PROBE_SIZES = (7, 11, 2, 3, 2, 3)
@@ -52,6 +57,8 @@ PROBE_SIZES = (7, 11, 2, 3, 2, 3)
 _IMPLEMENTATIONS = ("foreach", "fused", "capturable")
 
 _NOT_VALUES = ("params", "param_names")
+
+_NOT_COUNTERS = {*_NOT_VALUES, *_IMPLEMENTATIONS}
 
 _PLAIN_VALUES = (int, float, str, type(None))
 
@@ -132,6 +139,8 @@ class Probe:
         self._twin: Any = twin
         self._rule: Callable[..., Any] = rule_of(twin)
         self._elements: dict[str, Tensor] = {}
+        self._tape: Tape | None = None
+        self._shared_keys: tuple[tuple[int, int], list[Any]] | None = None
 
     @property
     def programs(self) -> list[Program]:
@@ -173,6 +182,8 @@ class Probe:
         self, param: nn.Parameter, elements: dict[str, Tensor], state: RuleState
     ) -> Recording:
         """The step by the implementation that was recorded last, else by the other one."""
+        if param is self._param and (replayed := self._replay(state)) is not None:
+            return replayed
         refusals: dict[bool, NotFusible] = {}
         for foreach in (self._foreach, not self._foreach):
             try:
@@ -194,39 +205,77 @@ class Probe:
         elements: dict[str, Tensor],
         state: RuleState,
     ) -> Recording:
-        before = _taken(self._inner.param_groups[self._index])
-        self._load(param, before, foreach)
-        attributes = _plain(self._twin)
+        before, attributes = self._load(param, foreach)
         grad = param.grad = torch.full_like(param, 0.25, requires_grad=False)
         for name in state.elements:
             if name not in elements:
                 elements[name] = torch.full_like(param, 0.5, requires_grad=False)
         kept = {name: elements[name] for name in state.elements}
         reduced = {k: torch.full(v, 0.5, device=param.device) for k, v in state.reduced.items()}
-        if state.numbers or kept or reduced:
-            self._twin.state[param] = state.entry({**kept, **reduced})
+        self._place(param, state, {**kept, **reduced})
         roots = {MASTER: param, GRAD: grad, **kept}
         recorder = (SizeRecorder if param.is_meta else Recorder)(roots, reduced)
         with recorder, NumbersOnHost() if param.is_meta else nullcontext(), torch.enable_grad():
             self._rule(self._twin)
-        changed = _changes(_plain(self._twin), attributes)
-        return self._recording(recorder, param, before, changed)
+        recording, key, made = self._recording(recorder, param, before, attributes)
+        if param is self._param:
+            self._tape = None
+            if not param.is_meta and self._begins_anew(recording.state.numbers):
+                self._tape = tape_of(recorder, {**roots, **reduced}, state, key, made)
+        return recording
 
-    def _load(self, param: nn.Parameter, group: Mapping[str, Any], foreach: bool) -> None:
-        """Make the twin what the optimizer is now, with `param` for its only parameter."""
-        attributes = _plain(self._inner)
+    def _begins_anew(self, numbers: Mapping[str, Any]) -> bool:
+        """Whether a step that is begun and thrown away leaves no trace."""
+        copied = all(map(_is_copied, (numbers, self._group, self._twin.state)))
+        return copied and _keeps_nothing(self._twin, self._inner)
+
+    def _replay(self, state: RuleState) -> Recording | None:
+        """The step along the tape of the last one that was recorded, or None if it is another."""
+        tape, self._tape = self._tape, None
+        if tape is None or not tape.begins_with(state):
+            return None
+        before, attributes = self._load(self._param, self._foreach)
+        if tape.is_held():
+            return None
+        self._param.grad = tape.roots[GRAD]
+        self._place(self._param, state, tape.states)
+        replay = Replay(tape)
+        try:
+            with replay, torch.enable_grad():
+                self._rule(self._twin)
+            recording, key, _ = self._recording(replay, self._param, before, attributes)
+        except Exception:
+            return None  # if the rule fails, it will again
+        if not replay.is_done or key != tape.key:
+            return None
+        self._tape = tape
+        return recording
+
+    def _place(self, param: nn.Parameter, state: RuleState, tensors: Mapping[str, Tensor]) -> None:
+        if state.numbers or tensors:
+            self._twin.state[param] = state.entry(tensors)
+
+    def _load(self, param: nn.Parameter, foreach: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Make the twin what the optimizer is now, with `param` for its only parameter.
+
+        Returns the group's values and the optimizer's attributes, as they are before the step.
+        """
+        group = _taken(self._inner.param_groups[self._index])
         for key in [k for k in self._group if k not in group and k not in _NOT_VALUES]:
             del self._group[key]
         self._group.update((key, own(value)) for key, value in group.items())
-        chosen = {**dict.fromkeys(_IMPLEMENTATIONS, False), "foreach": foreach}
-        self._group.update((key, value) for key, value in chosen.items() if key in group)
+        for key in _IMPLEMENTATIONS:
+            if key in group:
+                self._group[key] = foreach and key == "foreach"
         self._group["params"][:] = [param]
-        for key in _plain(self._twin).keys() - attributes.keys():
-            delattr(self._twin, key)
-        vars(self._twin).update(attributes)
+        attributes, twin = _plain(self._inner), vars(self._twin)
+        for key in _plain_of(twin, attributes):
+            del twin[key]
         if "foreach" in attributes:
-            self._twin.foreach = foreach
+            attributes["foreach"] = foreach
+        twin.update(attributes)
         self._twin.state = defaultdict(dict, self._shared())
+        return group, attributes
 
     def _shared(self) -> dict[Any, Any]:
         """What the rule keeps in its state under keys that are no parameters."""
@@ -238,11 +287,12 @@ class Probe:
 
     def _recording(
         self,
-        recorder: Recorder,
+        recorder: Recorder | Replay,
         param: nn.Parameter,
         before: dict[str, Any],
         attributes: dict[str, Any],
-    ) -> Recording:
+    ) -> tuple[Recording, Any, tuple[Program, tuple[int, ...]]]:
+        """The step that a recorder saw; what was left in which value, and what that makes."""
         results = {MASTER: recorder.value_of(param)}
         reduced: dict[str, tuple[int, ...]] = {}
 
@@ -266,22 +316,29 @@ class Probe:
         shared = _changes(self._twin.state, _shared(self._inner))
         if key := next((k for k, v in {**group, **shared}.items() if recorder.holds(v)), None):
             raise NotFusible(f"it keeps what depends on data under {key!r}, outside of its state")
-        program, kept = self._program(recorder, results, (*recorder.reduced, *reduced))
+        key = (tuple(results.items()), (*recorder.reduced, *reduced))
+        program, kept = made = self._program(recorder, *key)
         scalars = tuple(recorder.scalars[index] for index in kept)
         elements = tuple(name for name in results if name not in (MASTER, *reduced))
         state = RuleState(numbers, elements, reduced)
-        return Recording(program, scalars, state, group, shared, attributes)
+        changed = _changes(_plain(self._twin), attributes)
+        return Recording(program, scalars, state, group, shared, changed), key, made
 
     def _program(
-        self, recorder: Recorder, results: dict[str, str | None], reduced: tuple[str, ...]
+        self,
+        recorder: Recorder | Replay,
+        results: tuple[tuple[str, str | None], ...],
+        reduced: tuple[str, ...],
     ) -> tuple[Program, tuple[int, ...]]:
         """The program, and which of the recorded scalars it reads; made once for each sequence."""
-        if results[MASTER] is None:
+        if isinstance(recorder, Replay):
+            return recorder.made
+        if results[0][1] is None:
             raise NotFusible("it gave the parameter data that does not come from the parameter")
-        key = (tuple(recorder.ops), tuple(results.items()), reduced)
+        key = (tuple(recorder.ops), results, reduced)
         known = self._programs.get(key)
         if known is None:
-            outputs = {k: v for k, v in results.items() if v is not None and v != k}
+            outputs = {k: v for k, v in results if v is not None and v != k}
             known = self._programs[key] = _tidied(recorder, outputs, reduced)
         return known
 
@@ -296,10 +353,15 @@ def _taken(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(optimizer: Optimizer) -> dict[str, Any]:
     """Attributes that are numbers or strings, without those that schedulers set."""
+    return _plain_of(vars(optimizer), ())
+
+
+def _plain_of(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Those of attributes, but for the known ones."""
     return {
         key: value
-        for key, value in vars(optimizer).items()
-        if isinstance(value, _PLAIN_VALUES) and key != "_opt_called"
+        for key, value in values.items()
+        if key not in known and isinstance(value, _PLAIN_VALUES) and key != "_opt_called"
     }
 
 
@@ -330,17 +392,48 @@ def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
 
 
-def _shared(optimizer: Optimizer) -> dict[Any, Any]:
-    """What a rule keeps in its state under keys that are no parameters."""
-    state = cast(dict[Any, Any], optimizer.state)
-    return {key: _own(value) for key, value in state.items() if not isinstance(key, Tensor)}
+def _keeps_nothing(twin: Optimizer, inner: Optimizer) -> bool:
+    """Whether the twin has no attributes but those that each step of a probe begins anew.
+
+    Options may be lists. One that a step has changed is not that of the optimizer any more.
+    """
+    theirs = ("state", "param_groups", "defaults")
+    fixed = (*_PLAIN_VALUES, torch.dtype, torch.device, FunctionType, MethodType)
+
+    def is_fixed(key: str, value: Any) -> bool:
+        if type(value) in (list, tuple) and all(isinstance(item, _PLAIN_VALUES) for item in value):
+            return same(value, vars(inner).get(key))
+        return isinstance(value, fixed) or key in theirs or key.endswith("_hooks")
+
+    return all(is_fixed(key, value) for key, value in vars(twin).items())
+
+
+def _is_copied(values: Mapping[Any, Any]) -> bool:
+    """Whether these are of kinds that each step of a probe is given copies of."""
+
+    def copied(value: Any, *containers: type) -> bool:
+        if type(value) in (tuple, *containers):
+            inner = () if isinstance(value, tuple) else containers
+            items = value.values() if isinstance(value, dict) else value
+            return all(copied(item, *inner) for item in items)
+        return isinstance(value, (*_PLAIN_VALUES, Tensor, Element, torch.dtype, torch.device))
+
+    named = (
+        (k, v) for k, v in values.items() if k not in _NOT_VALUES and not isinstance(k, Tensor)
+    )
+    return all(copied(value, list, dict, deque) for _, value in named)
 
 
 def _changes(values: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
     """What a step made of counters and the like, where it is not what it was."""
-    others = (*_NOT_VALUES, *_IMPLEMENTATIONS)
-    named = {k: v for k, v in values.items() if not isinstance(k, Tensor) and k not in others}
-    return {key: value for key, value in named.items() if not same(value, before.get(key))}
+    return {
+        key: value
+        for key, value in values.items()
+        if value is not before.get(key, values)
+        and not isinstance(key, Tensor)
+        and key not in _NOT_COUNTERS
+        and not same(value, before.get(key))
+    }
 
 
 def _known(value: Tensor) -> float:

@@ -110,9 +110,14 @@ class RuleState:
         return {**filled, **{name: tensors[name] for name in names}}
 
 
+_IMMUTABLE = {bool, float, int, str, tuple, type(None)}
+
+
 def own(value: Any) -> Any:
+    if type(value) in _IMMUTABLE:
+        return value
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return value.detach().clone() if value.is_cpu else value.detach().to("cpu", copy=True)
     return copy.deepcopy(value) if isinstance(value, (dict, list, deque)) else value
 
 
