@@ -166,7 +166,14 @@ def _trials(inner: Optimizer, index: int, way: _Way) -> list[_Trial]:
         afresh = stepped and not with_state
         manner = Manner("steady", with_state=with_state, counters=not afresh)
         reduced = trials[0].reduced if trials else ()
-        trial = _trial(inner, index, manner, reduced, way)
+        try:
+            trial = _trial(inner, index, manner, reduced, way)
+        except (NotFusible, _Differs):
+            raise
+        except Exception:
+            if not afresh:
+                raise
+            continue  # it makes its state at construction, as torch's Adagrad, and cannot later
         if trial.reduced != reduced:
             # What once holds a number of the data is taken for one from the first step on.
             trial = _trial(inner, index, manner, trial.reduced, way)
@@ -202,7 +209,7 @@ def _check_sizes(trial: _Trial, params: list[Tensor]) -> None:
             probes[kind_of(param)] = Probe(trial.twin, 0, param, reduced=trial.reduced)
         small = [small for small in trial.params if small.ndim == param.ndim]
         first_eager, by_size = trial.way.first_eager, trial.way.by_size
-        state = trial.state_of(small[0]) if first_eager else RuleState()
+        state = trial.state_of(small[0]) if first_eager or trial.with_state else RuleState()
         tried = {param.shape for param in small}
         if first_eager and state.numbers and len(tried) == 1 and param.shape not in tried:
             raise NotFusible("its first step is tried with one size only, which the state may hold")
@@ -247,7 +254,7 @@ class _Trial:
             raise NotFusible("a parameter of no dimensions looks like the numbers of the rule")
         if any(param.dtype != torch.float32 for param in self.params):
             raise NotFusible("a parameter is float64, and kernels compute in FP32")
-        self.way = way
+        self.way, self.with_state = way, manner.with_state
         kinds: dict[str, Any] = {"by_size": way.by_size, "reduced": reduced}
         self.probes = {param: Probe(self.twin, 0, param, **kinds) for param in self.params}
         self.reduced = reduced

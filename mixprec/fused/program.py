@@ -30,6 +30,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,7 +98,7 @@ class Program:
         used += [value for _, value in self.outputs]
         return tuple(dict.fromkeys(name for name in used if name not in made))
 
-    @property
+    @cached_property
     def per_tensor(self) -> frozenset[str]:
         """The values that are one number of the tensor, by name; all others are of elements."""
         states = {name for state in self.reduced for name in (state, f"{state}'")}
@@ -138,6 +139,9 @@ class Program:
         with torch.no_grad():
             for op in self.ops:
                 inputs = [values[name] for name in op.inputs]
+                if op.output in per_tensor and not op.name.endswith("_scaled"):
+                    # Torch mixes numbers of the host with those of a device in some kernels only.
+                    inputs = [_beside(master, value) for value in inputs]
                 result = OPERATIONS[op.name].compute(*inputs)
                 # Some operations have no value of elements among their inputs.
                 values[op.output] = result if op.output in per_tensor else _filled(master, result)
@@ -165,6 +169,13 @@ def _is_r(name: str) -> bool:
 
 def _is_temporary(name: str) -> bool:
     return name[0] in "rt" and name[1:].isdigit()
+
+
+def _beside(like: Tensor, value: Tensor | float) -> Tensor | float:
+    """A number on a device as a tensor there; on the host as it is."""
+    if isinstance(value, Tensor) or like.device.type == "cpu":
+        return value
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _filled(like: Tensor, result: Tensor | float) -> Tensor:

@@ -313,7 +313,7 @@ class Probe:
         if key := next((k for k in reduced if k not in entry), None):
             raise NotFusible(f"it keeps a number of the data inside of a collection, as {key}")
         group = _changes(self._group, before)
-        shared = _changes(self._twin.state, _shared(self._inner))
+        shared = _changes(self._twin.state, self._shared())
         if key := next((k for k, v in {**group, **shared}.items() if recorder.holds(v)), None):
             raise NotFusible(f"it keeps what depends on data under {key!r}, outside of its state")
         key = (tuple(results.items()), (*recorder.reduced, *reduced))
