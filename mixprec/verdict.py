@@ -29,6 +29,8 @@ class Verdict:
     """False for an empty window, which says nothing about overflow."""
     found_inf: Tensor | None = None
     """1.0 where the rule has to skip by itself, on the device."""
+    recorded: bool = False
+    """Whether the device has entered it into the skip counts already."""
 
     @property
     def go(self) -> bool:
@@ -43,9 +45,61 @@ class Verdict:
         return not self.finite and bool(self.counted)
 
 
+class SkipCounts:
+    """Steps skipped for overflow, in all and in a row; on the device once the device decides.
+
+    >>> counts = SkipCounts()
+    >>> for overflowed in (True, False, True, True):
+    ...     counts.add(overflowed)
+    >>> counts.total, counts.in_a_row
+    (3, 2)
+    """
+
+    def __init__(self) -> None:
+        self._counts: Tensor = torch.zeros(2, dtype=torch.int64)
+        self._in_a_row = False
+        """Whether there may be skips in a row to end."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """`[2]` int64 on `device`, to be moved on by whoever judges there."""
+        if self._counts.device != device:
+            source = self._counts.pin_memory() if device.type == "cuda" else self._counts
+            self._counts = source.to(device, non_blocking=True)
+        self._in_a_row = True
+        return self._counts
+
+    def add(self, overflowed: Tensor | bool) -> None:
+        if overflowed is False and not self._in_a_row:
+            return
+        self._in_a_row = overflowed is not False
+        if isinstance(overflowed, Tensor):
+            overflowed = overflowed.to(self.on(overflowed.device).dtype)
+        total, in_a_row = self._counts
+        moved = torch.stack([total + overflowed, (in_a_row + overflowed) * overflowed])
+        self._counts.copy_(moved)
+
+    @property
+    def total(self) -> int:
+        """May wait for the device, as `in_a_row` may."""
+        return int(self._counts[0])
+
+    @property
+    def in_a_row(self) -> int:
+        return int(self._counts[1])
+
+
 def no_gradients() -> Verdict:
     """The verdict where no parameter has a gradient: the rule runs and finds nothing to do."""
     return Verdict(norm=torch.zeros(()))
+
+
+def unjudged(factor: Tensor | None, counted: Tensor | bool, *, on_device: bool) -> Verdict:
+    """The verdict on gradients that nobody looks at: what is in them goes into the weights."""
+    unknown = torch.full((), float("nan"))
+    if on_device and isinstance(counted, Tensor):
+        skip = counted.logical_not().to(torch.float32)
+        return Verdict(unknown, factor, counted=counted, found_inf=skip)
+    return Verdict(unknown, factor, counted=counted)
 
 
 def judge(
