@@ -218,7 +218,7 @@ def _whole(twin: Optimizer, params: list[list[Tensor]], manner: Manner, turn: in
 
 def _bucketed(twin: Optimizer, params: list[list[Tensor]], manner: Manner, turn: int) -> None:
     values = GroupValues(twin.param_groups)
-    with_grad = [[param for param in group if param.grad is not None] for group in params]
+    with_grad = {i: [p for p in group if p.grad is not None] for i, group in enumerate(params)}
     for bucket in fill_buckets(with_grad, lambda _: 1, capacity=1):
         pairs = {i: [(param, _stand_in(param)) for param in bucket[i]] for i in bucket}
         with values.bucket(bucket), StandIns(twin, pairs):

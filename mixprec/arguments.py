@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixprec.gradients import local
 from mixprec.names import Groups, names_of
+from mixprec.state_formats import check_formats
 
 _STEPPABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -21,11 +23,26 @@ def check_options(
     max_grad_norm: float | None,
     on_nonfinite: str,
     bucket_numel: object,
+    fused: object,
+    state_formats: Any,
 ) -> None:
     if masters not in ("auto", "full", "split"):
         raise ValueError(f"masters={masters!r}; use 'auto', 'full' or 'split'")
-    if on_nonfinite not in ("skip", "raise"):
-        raise ValueError(f"on_nonfinite={on_nonfinite!r}; use 'skip' or 'raise'")
+    if on_nonfinite not in ("skip", "raise", "ignore"):
+        raise ValueError(f"on_nonfinite={on_nonfinite!r}; use 'skip', 'raise' or 'ignore'")
+    if on_nonfinite == "ignore" and loss_scaler is not None:
+        raise ValueError(
+            "on_nonfinite='ignore' with a loss scaler: overflow is how a loss scale finds its "
+            "height, so somebody has to look. Use 'skip', or no loss_scaler."
+        )
+    if fused not in ("auto", True, False):
+        raise ValueError(f"fused={fused!r}; use 'auto', True or False")
+    check_formats(state_formats)
+    if state_formats is not None and fused is False:
+        raise ValueError(
+            f"state_formats={state_formats!r} with fused=False: only a fused step reads and writes "
+            f"such states, the rule itself knows FP32 alone. Use fused='auto'."
+        )
     if max_grad_norm is not None and not 0.0 < max_grad_norm < math.inf:
         raise ValueError(
             f"max_grad_norm={max_grad_norm}; it is the L2 norm that gradients are clipped to and "

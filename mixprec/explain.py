@@ -20,9 +20,10 @@ def explain(
     admission: Admission | None,
     storage: Callable[[Tensor], Storage],
     bucket_numel: int | None,
+    fused: Callable[[int], str],
     details: Sequence[str],
 ) -> str:
-    """One line on how the rule runs and why, one a group and dtype, then `details`."""
+    """How the rule runs and why, a line for each group and dtype, how each is fused, `details`."""
     lines = [f"MixedPrecision around {name}", f"  {_manner(admission, bucket_numel)}"]
     for index, group in enumerate(groups):
         counts: Counter[tuple[str, str]] = Counter()
@@ -38,6 +39,8 @@ def explain(
                 f"  param_groups[{index}]: {count} {dtype} {plural}, "
                 f"{numel[dtype, cost]:,} parameters: {cost}"
             )
+        if counts:
+            lines.append(f"  param_groups[{index}] is {fused(index)}")
     return "\n".join([*lines, *(f"  {detail}" for detail in details)])
 
 

@@ -192,15 +192,15 @@ Bucket = dict[int, list[Tensor]]
 
 
 def fill_buckets(
-    groups: Sequence[Sequence[Tensor]], size: Callable[[Tensor], int], capacity: int
+    groups: Mapping[int, Sequence[Tensor]], size: Callable[[Tensor], int], capacity: int
 ) -> list[Bucket]:
     """Consecutive parameters in buckets of at most `capacity`, or of one parameter if larger.
 
     Groups without parameters ride in the first bucket: their counters advance once a step too.
     """
-    buckets: list[Bucket] = [{i: [] for i, group in enumerate(groups) if not group}]
+    buckets: list[Bucket] = [{i: [] for i, group in groups.items() if not group}]
     used = 0
-    for index, group in enumerate(groups):
+    for index, group in groups.items():
         for param in group:
             if used and used + size(param) > capacity:
                 buckets.append({})

@@ -24,10 +24,14 @@ from mixprec.admission import admit
 from mixprec.arguments import check_options, check_parameters
 from mixprec.explain import explain
 from mixprec.fused.admission import admit_fused
+from mixprec.fused.groups import Fused
+from mixprec.fused.judge import DeviceJudge
+from mixprec.fused.step import FusedStep
 from mixprec.masters import MASTER, MasterStore
 from mixprec.names import names_of
 from mixprec.run import make_state
-from mixprec.step import LossScaler, SteppingOptimizer
+from mixprec.state_formats import StateFormats
+from mixprec.step import LossScaler, OnNonfinite, SteppingOptimizer
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -60,10 +64,17 @@ class MixedPrecision(SteppingOptimizer):
         max_grad_norm: clips the gradients of the whole step to this L2 norm, in FP32, after
             unscaling, with the formula of `torch.nn.utils.clip_grad_norm_`.
         on_nonfinite: "skip" leaves everything as it was when a gradient is not finite; "raise"
-            raises `FloatingPointError`. After 50 skips in a row both raise.
+            raises `FloatingPointError`. After 50 skips in a row both raise. "ignore" does not look,
+            as a bare optimizer does not, and saves one reading of all gradients.
         bucket_numel: elements of FP32 scratch that a rule which treats tensors one by one is run
             in; "auto" is 2^20 on a CPU and 2^22 elsewhere. A larger tensor makes a bucket of its
             own. None runs every rule on all parameters at once.
+        fused: whether an element-wise rule runs as one kernel, made from its own code and checked
+            against it first: casts, clip, rule and rounding in one pass over memory. "auto" fuses
+            16-bit parameters on a GPU with Triton; True insists, and fuses FP32 parameters too;
+            off a GPU the same program runs in plain torch. False never fuses.
+        state_formats: how a fused rule's states are stored between steps: a mapping of state names
+            to "fp32", "bf16" or "int8" (codes in blocks of 32), or "8bit" or "bf16" for all.
 
     Raises:
         TypeError: if `inner` is no optimizer or a wrapper already; for integer, complex and 8-bit
@@ -72,7 +83,8 @@ class MixedPrecision(SteppingOptimizer):
             overlap in memory, and for other arguments out of range.
 
     Numerics:
-        Masters are bit-identical to the bare rule on FP32 parameters given the same gradients.
+        Masters are bit-identical to the bare rule on FP32 parameters given the same gradients; of a
+        fused rule to 2e-6 of each update, with the bits of SGD and Lion.
         Weights round to nearest: ties to even from full masters, ties away from zero in split ones.
         Clip, unscale and `grad_factor` multiply FP32 gradients once. FP32 gradients are scaled in
         place, as by torch's clipping; 16-bit ones are left alone and scaled on their way to FP32.
@@ -98,14 +110,25 @@ class MixedPrecision(SteppingOptimizer):
         masters: Literal["auto", "full", "split"] = "auto",
         loss_scaler: LossScaler | None = None,
         max_grad_norm: float | None = None,
-        on_nonfinite: Literal["skip", "raise"] = "skip",
+        on_nonfinite: OnNonfinite = "skip",
         bucket_numel: int | Literal["auto"] | None = "auto",
+        fused: Fused = "auto",
+        state_formats: StateFormats = None,
     ) -> None:
         _check_inner(inner)
-        check_options(masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel)
+        check_options(
+            masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel, fused, state_formats
+        )
         check_parameters(inner.param_groups, masters)
+        store = MasterStore(masters)
         super().__init__(
-            inner, MasterStore(masters), loss_scaler, max_grad_norm, on_nonfinite, bucket_numel
+            inner,
+            store,
+            loss_scaler,
+            max_grad_norm,
+            on_nonfinite,
+            bucket_numel,
+            FusedStep(inner, store, fused, state_formats),
         )
         for name in _HOOKS:
             setattr(self, name, getattr(inner, name))
@@ -148,6 +171,30 @@ class MixedPrecision(SteppingOptimizer):
         """
         return self._step(closure, grad_factor)
 
+    @torch.no_grad()
+    def prepare_replay(self) -> None:
+        """Before each replay of a CUDA graph that holds `step()`: hand it this step's numbers.
+
+        A graph repeats what the device does; learning rate, step count and bias corrections are
+        computed by the rule's own code on the host, which this runs once. The captured step itself
+        does nothing until it is replayed. Waits for the last replay to tell whether it was skipped
+        for overflow (not with `on_nonfinite="ignore"`).
+
+            for _ in range(3):
+                train_step()  # forward, backward, step(), on a side stream
+            with torch.cuda.graph(graph):
+                train_step()
+            for batch in data:
+                copy_into_static_inputs(batch)
+                optimizer.prepare_replay()
+                graph.replay()
+
+        Raises:
+            RuntimeError: without a captured step, and where the rule has taken another branch.
+        """
+        self._fused.prepare_replay()
+        self._steps += 1
+
     # ---------------------------------------- masters and weights
 
     def masters(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,6 +203,7 @@ class MixedPrecision(SteppingOptimizer):
         A full master is the live tensor, a split one a decoded copy. Read them; to change weights,
         use `masters_in_model` or write to the parameters.
         """
+        self._fused.settle()
         for param in self._params():
             with torch.no_grad():  # never around the yield: the caller's code would run inside
                 master = self._store.master(self.state, param)
@@ -214,6 +262,7 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
         """
+        self._fused.settle()
         ours = {id(param) for param in self._params() if self._store.has(param)}
 
         def set_master(param: Tensor, value: Tensor) -> bool:
@@ -231,6 +280,7 @@ class MixedPrecision(SteppingOptimizer):
         is no longer its rounding, and a split one keeps no more than a remainder below half of the
         weight's spacing. This drops those remainders too.
         """
+        self._fused.settle()
         for param in self._params():
             if self._store.known(self.state, param):
                 self._store.set(self.state, param, param.detach().float())
@@ -242,6 +292,7 @@ class MixedPrecision(SteppingOptimizer):
         if not hasattr(self, "inner"):
             super().add_param_group(param_group)
             return
+        self._fused.settle()
         known = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
@@ -252,6 +303,7 @@ class MixedPrecision(SteppingOptimizer):
         self._adopt_state()
         self._take_over()
         self._admissions.clear()
+        self._fused.reset()
         self._checked = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -265,7 +317,12 @@ class MixedPrecision(SteppingOptimizer):
             return
         if any(self.state.get(p) for p in self._params()):
             self._ready()
-            self._run_rule(method, everything=True)
+            self._fused.release()
+            groups: dict[int, list[Tensor]] = {
+                i: [p for p in group["params"] if self.state.get(p) or not self._in_buckets]
+                for i, group in enumerate(self.param_groups)
+            }
+            self._run_rule(method, None, groups)
             return
         method()  # nothing to move yet, and a rule may want its mode before it is tried
         for param in [p for p in self._params() if p in self.state and not self.state[p]]:
@@ -308,6 +365,7 @@ class MixedPrecision(SteppingOptimizer):
         Masters are decoded, so full and split checkpoints are one format, and a bare optimizer on
         FP32 parameters loads them too. Empty before the first step, as for any optimizer.
         """
+        self._fused.settle()
         decode = self.register_state_dict_post_hook(self._decode, prepend=True)
         try:
             return {**checkpoint.own_entries(self.inner), **super().state_dict()}
@@ -319,6 +377,8 @@ class MixedPrecision(SteppingOptimizer):
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
         state = dict(state_dict["state"])
         for key, param in zip(ids, self._params(), strict=True):
+            if key in state:
+                state[key] = self._fused.decoded(state[key], param)
             if self._store.known(self.state, param):
                 master = self._store.master(self.state, param)
                 state[key] = {**state.get(key, {}), MASTER: master}
@@ -367,20 +427,25 @@ class MixedPrecision(SteppingOptimizer):
         self.inner.__setstate__({"state": state, "param_groups": self.param_groups})
         self.state = self.inner.state
         self._store.forget_versions()
+        self._fused.adopt(self._params())
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._fused.settle()
         shared = {"state", "param_groups", "defaults"}
-        own = {k: v for k, v in vars(self).items() if k != "inner" and _is_picklable(k)}
+        apart = ("inner", "_fused", "_device_judge")
+        own = {k: v for k, v in vars(self).items() if k not in apart and _is_picklable(k)}
         rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
-        return {**own, "inner": (type(self.inner), rule)}
+        fused = (self._fused.fused, self._fused.formats)
+        return {**own, "inner": (type(self.inner), rule), "_fused": fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "inner" not in state:
             super().__setstate__(state)
             return
-        (kind, rule), own = state["inner"], {k: v for k, v in state.items() if k != "inner"}
+        (kind, rule), fused = state["inner"], state["_fused"]
+        own = {k: v for k, v in state.items() if k not in ("inner", "_fused")}
         self.inner = object.__new__(kind)
         hooks = {name: OrderedDict[int, Any]() for name in _HOOKS}
         vars(self).update(own, **hooks)
@@ -389,6 +454,9 @@ class MixedPrecision(SteppingOptimizer):
         self._patch_step_function()
         self.inner._patch_step_function()
         self._store.forget_versions()
+        self._fused = FusedStep(self.inner, self._store, *fused)
+        self._device_judge = DeviceJudge()
+        self._fused.adopt(self._params())
         self._superseded_by = ""
         self._take_over()
 
@@ -407,19 +475,20 @@ class MixedPrecision(SteppingOptimizer):
         metrics = {
             "grad_norm": float(self._verdict.norm),
             "steps": float(self._steps),
-            "skipped_steps": float(self._skipped),
-            "skips_in_a_row": float(self._skips_in_a_row),
+            "skipped_steps": float(self._skips.total),
+            "skips_in_a_row": float(self._skips.in_a_row),
         }
         if self.loss_scaler is not None:
             metrics["loss_scale"] = self.loss_scaler.get_scale()
         return metrics
 
-    def explain(self, *, formula: bool = False) -> str:
-        """How the rule runs and why, and what each group's masters cost.
+    def explain(self, *, formula: bool = False, source: bool = False) -> str:
+        """How the rule runs and why, in which tier, and what each group's masters cost.
 
         With `formula`, also what the rule computes for each element, read off its own code by
         recording a step: a prime marks new values, s0, s1, ... are numbers that follow from the
-        group and the step. Or the reason why it is no formula by element.
+        group and the step, r0, r1, ... numbers of one tensor such as a sum, numel its elements. Or
+        the reason why there is none. With `source`, the Triton source of a fused group's kernel.
 
         >>> import torch
         >>> import mixprec
@@ -440,14 +509,39 @@ class MixedPrecision(SteppingOptimizer):
             details.append(f"loss scaled by {type(self.loss_scaler).__name__}")
         if formula:
             details += _formulas(self.inner)
+        if source:
+            details += self._sources()
         return explain(
             type(self.inner).__name__,
             self.param_groups,
             admission,
             self._store.storage,
             self.bucket_numel,
+            self._how_fused,
             details,
         )
+
+    def _sources(self) -> Iterator[str]:
+        for index, group in enumerate(self.param_groups):
+            found = (
+                None if self._store.whole or not group["params"] else self._fused.admission(index)
+            )
+            if found is not None and found.fusible:
+                yield f"param_groups[{index}] runs\n\n{self._fused.source(index)}"
+
+    def _how_fused(self, index: int) -> str:
+        """The tier of a group's 16-bit parameters, and why it is no lower one."""
+        below = "tier 3" if self._store.whole or self._store.choice == "full" else "tier 2"
+        if not any(map(self._store.has, self.param_groups[index]["params"])):
+            below = "the rule itself"
+        if self._store.whole:
+            return f"not fused ({below}): the rule sees all masters at once"
+        found = self._fused.admission(index)
+        if found is None:
+            return f"not fused ({below}): {self._fused.why_not(index)}"
+        if not found.fusible:
+            return f"not fused ({below}): {found.reason}"
+        return f"fused (tier 1, {self._fused.means(index)}): {found.reason}"
 
     # ---------------------------------------- small things
 

@@ -4,7 +4,9 @@
     2. the norm of all gradients in FP32    how long are they, and are they finite?
     3. one factor                           1/loss_scale * grad_factor * clip coefficient
     4. not finite, or an empty window       the step is the identity; the loss scaler hears of it
-    5. the rule, bucket by bucket or whole  masters and FP32 gradients stand in for the parameters;
+    5. the rule, for each parameter:
+       fused                                one kernel made from the rule, `mixprec.fused`
+       bucket by bucket or whole            masters and FP32 gradients stand in for the parameters;
                                             afterwards each weight is its master, rounded
 
 A rule that evaluates its closure itself (LBFGS) goes through 2 to 4 at each evaluation.
@@ -16,6 +18,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +27,11 @@ from torch.optim import Optimizer
 
 from mixprec.admission import Admission, accepts_sparse, admit
 from mixprec.arguments import check_weights
+from mixprec.fused.dispatch import NotFusible
+from mixprec.fused.judge import DeviceJudge
+from mixprec.fused.members import Members
+from mixprec.fused.plan import Prepared
+from mixprec.fused.step import FusedStep
 from mixprec.gradients import local, nonfinite_names, scale_
 from mixprec.inner import (
     Bucket,
@@ -36,7 +44,9 @@ from mixprec.inner import (
 from mixprec.masters import LOW, MasterStore, Scratch
 from mixprec.names import names_of
 from mixprec.run import MasterRun
-from mixprec.verdict import Verdict, judge, no_gradients
+from mixprec.verdict import SkipCounts, Verdict, judge, no_gradients, unjudged
+
+OnNonfinite = Literal["skip", "raise", "ignore"]
 
 MAX_SKIPS_IN_A_ROW = 50
 """Skips in a row after which a step raises when no loss scaler decides."""
@@ -69,15 +79,18 @@ class SteppingOptimizer(Optimizer):
         store: MasterStore,
         loss_scaler: LossScaler | None,
         max_grad_norm: float | None,
-        on_nonfinite: Literal["skip", "raise"],
+        on_nonfinite: OnNonfinite,
         bucket_numel: int | Literal["auto"] | None,
+        fused: FusedStep,
     ) -> None:
         super().__init__([{"params": []}], {})  # the groups will be the inner optimizer's own
         self.inner = inner
         self.loss_scaler = loss_scaler
         self.max_grad_norm = max_grad_norm
-        self.on_nonfinite: Literal["skip", "raise"] = on_nonfinite
+        self.on_nonfinite: OnNonfinite = on_nonfinite
         self._store = store
+        self._fused = fused
+        self._device_judge = DeviceJudge()
         self._bucket_numel: int | Literal["auto"] | None = bucket_numel
         self._admissions: dict[bool, Admission] = {}
         self._admission: Admission | None = None
@@ -90,8 +103,7 @@ class SteppingOptimizer(Optimizer):
         self._losses_seen = loss_scaler.losses_scaled if loss_scaler is not None else 0
         self._verdict = no_gradients()
         self._steps = 0
-        self._skipped: Tensor | int = 0
-        self._skips_in_a_row: Tensor | int = 0
+        self._skips = SkipCounts()
 
     @torch._disable_dynamo
     def _step(
@@ -102,11 +114,21 @@ class SteppingOptimizer(Optimizer):
         if self._rule_evaluates(closure):
             return self._step_by_closure(closure, grad_factor)
         loss = None if closure is None else self._evaluate(closure)
-        verdict = self._judge(grad_factor, host=False)
+        members, rest = self._share_out(with_loss=closure is not None)
+        grads = members.grads + [p.grad for p in chain(*rest) if p.grad is not None]
+        on_device = self._skips_on_device(members, rest)
+        verdict = self._judge(grads, grad_factor, on_device=on_device)
         if verdict.go:
-            self._update(verdict, [] if loss is None else [lambda: loss])
-        self._conclude(verdict)
+            self._update(verdict, [] if loss is None else [lambda: loss], members, rest)
+        if not members.capturing:
+            self._conclude(verdict)
         return loss
+
+    def _share_out(self, *, with_loss: bool) -> tuple[Members, list[list[Tensor]]]:
+        """What steps by programs, and for each group what is left to the rule itself."""
+        if self._store.whole:
+            return self._fused.nobody(self._admission.reason if self._admission else "")
+        return self._fused.split(with_loss=with_loss)
 
     def _rule_evaluates(self, closure: Callable[[], float] | None) -> bool:
         if self._admission is not None:
@@ -127,6 +149,10 @@ class SteppingOptimizer(Optimizer):
                 "step would round to FP32. Leave the context first."
             )
         self.inner.param_groups, self.inner.state = self.param_groups, self.state
+        self._fused.settle()
+        if self._fused.skipped:
+            self._fused.skipped = False
+            self._report_late()
         if not self._checked:
             check_weights(self.param_groups)
             self._checked = True
@@ -144,18 +170,31 @@ class SteppingOptimizer(Optimizer):
 
     # ---------------------------------------- what the gradients are worth
 
-    def _judge(self, grad_factor: Tensor | float | None, *, host: bool) -> Verdict:
-        grads = [p.grad for p in self._params() if p.grad is not None]
+    def _judge(
+        self, grads: list[Tensor], grad_factor: Tensor | float | None, *, on_device: bool
+    ) -> Verdict:
         if not grads:
             return no_gradients()
         factor, counted = self._unscale_factor(grad_factor, local(grads[0]).device)
+        external = getattr(self, "found_inf", None)
+        if self.on_nonfinite == "ignore" and self.max_grad_norm is None and external is None:
+            return unjudged(factor, counted, on_device=on_device)
+        if on_device and self._device_judge.takes(grads):
+            return self._device_judge(
+                grads,
+                factor,
+                counted=counted if isinstance(counted, Tensor) else None,
+                external_found_inf=external,
+                max_grad_norm=self.max_grad_norm,
+                counts=self._skips,
+            )
         return judge(
             grads,
             factor,
             counted=counted,
-            external_found_inf=getattr(self, "found_inf", None),
+            external_found_inf=external,
             max_grad_norm=self.max_grad_norm,
-            on_device=not host and self._skips_on_device(),
+            on_device=on_device,
         )
 
     def _unscale_factor(
@@ -195,16 +234,21 @@ class SteppingOptimizer(Optimizer):
             )
         return self.loss_scaler.inverse
 
-    def _skips_on_device(self) -> bool:
-        """Whether the rule is given `found_inf`, so that the host reads nothing.
+    def _skips_on_device(self, members: Members, rest: list[list[Tensor]]) -> bool:
+        """Whether whoever steps is given `found_inf`, so that the host reads nothing.
 
-        Not in a parameter's first step: torch's fused SGD leaves a new momentum buffer
-        uninitialised when it skips.
+        A rule of torch not in a parameter's first step: its fused SGD leaves a new momentum buffer
+        uninitialised when it skips. Kernels always; on a CPU reading costs nothing.
         """
-        if self.on_nonfinite == "raise" or not takes_found_inf(self.inner):
+        if self.on_nonfinite == "raise":
             return False
-        stepped = (p for p in self._params() if p.grad is not None)
-        return all(len(self.state.get(p, ())) > self._store.has(p) for p in stepped)
+        stepped = [p for p in chain(*rest) if p.grad is not None]
+        if members.grads and not members.grads[0].is_cuda:
+            return False
+        if not stepped:
+            return bool(members.grads)
+        ready = all(len(self.state.get(p, ())) > self._store.has(p) for p in stepped)
+        return takes_found_inf(self.inner) and ready
 
     def _evaluate(self, closure: Callable[[], float]) -> float:
         scaler = self.loss_scaler
@@ -221,15 +265,18 @@ class SteppingOptimizer(Optimizer):
 
     def _conclude(self, verdict: Verdict) -> None:
         """Counters, the loss scaler, and an error where progress has stopped."""
-        overflowed = verdict.overflowed
         self._verdict = verdict
         self._steps += 1
-        self._skipped = self._skipped + overflowed
-        self._skips_in_a_row = (self._skips_in_a_row + overflowed) * overflowed
+        overflowed: Tensor | bool = True
+        if not verdict.recorded:
+            overflowed = verdict.overflowed
+            self._skips.add(overflowed)
         scaler = self.loss_scaler
         if scaler is not None and scaler.losses_scaled != self._losses_seen:
             scaler.update(verdict.finite, counted=verdict.counted)
             self._losses_seen = scaler.losses_scaled
+        if verdict.recorded:
+            return  # the host hears of it before the next step, in `_report_late`
         # Where only the device knows, the host asks once in a while.
         limit = MAX_SKIPS_IN_A_ROW if scaler is None else scaler.max_skips_in_a_row
         ask = not isinstance(overflowed, Tensor) or self._steps % limit == 0
@@ -237,8 +284,20 @@ class SteppingOptimizer(Optimizer):
         if ask and overflowed and not external:
             self._report_skip()
 
-    def _report_skip(self) -> None:
-        names = nonfinite_names(self._named_grads())
+    def _report_late(self) -> None:
+        """The device skipped the last step, whose gradients are gone by now."""
+        skips, scaler = self._fused.skips_in_a_row, self.loss_scaler
+        if hasattr(self, "found_inf"):
+            return  # a GradScaler skips as a matter of course
+        if scaler is not None:
+            if skips >= scaler.max_skips_in_a_row:
+                scaler.check_progress()
+        elif "skip" not in self._warned or skips >= MAX_SKIPS_IN_A_ROW:
+            if self._skips.in_a_row:  # else nothing was counted in it
+                self._report_skip(late=True)
+
+    def _report_skip(self, *, late: bool = False) -> None:
+        names = [] if late else nonfinite_names(self._named_grads())
         where = f"in {', '.join(map(repr, names))}" if names else "in their norm"
         if self.on_nonfinite == "raise":
             raise FloatingPointError(
@@ -248,9 +307,9 @@ class SteppingOptimizer(Optimizer):
         if self.loss_scaler is not None:
             self.loss_scaler.check_progress(self._named_grads())
             return
-        if int(self._skips_in_a_row) >= MAX_SKIPS_IN_A_ROW:
+        if self._skips.in_a_row >= MAX_SKIPS_IN_A_ROW:
             raise FloatingPointError(
-                f"{int(self._skips_in_a_row)} steps in a row were skipped: gradients are not "
+                f"{self._skips.in_a_row} steps in a row were skipped: gradients are not "
                 f"finite {where}. Without a loss scale the cause is the forward pass or the data: "
                 f"look there, or lower the learning rate."
             )
@@ -262,27 +321,67 @@ class SteppingOptimizer(Optimizer):
 
     # ---------------------------------------- running the rule
 
-    def _update(self, verdict: Verdict, arguments: list[Callable[[], float]]) -> None:
+    def _update(
+        self,
+        verdict: Verdict,
+        arguments: list[Callable[[], float]],
+        members: Members,
+        rest: list[list[Tensor]],
+    ) -> None:
         inner: Any = self.inner
-        if verdict.found_inf is not None:
-            inner.grad_scale, inner.found_inf = None, verdict.found_inf
-        try:
-            self._run_rule(lambda: rule_of(inner)(inner, *arguments), verdict.factor)
-        finally:
+        prepared: Prepared | None = None
+        if members.params:
+            try:
+                prepared = self._fused.prepare(members, self._check_params)
+            except NotFusible:  # from here on: it took a branch that was not tried before
+                members, rest = self._share_out(with_loss=bool(arguments))
+        capturing = members.capturing
+        if capturing:
+            self._check_capture(rest)
+        here = set(members.indices)
+        groups = {i: params for i, params in enumerate(rest) if params or i not in here}
+        if self._in_buckets:
+            groups = {i: [p for p in g if p.grad is not None] for i, g in groups.items()}
+        if groups:
+            self._fused.release(chain(*rest))
             if verdict.found_inf is not None:
-                del inner.grad_scale, inner.found_inf
+                inner.grad_scale, inner.found_inf = None, verdict.found_inf
+            try:
+                self._run_rule(lambda: rule_of(inner)(inner, *arguments), verdict.factor, groups)
+            finally:
+                if verdict.found_inf is not None:
+                    del inner.grad_scale, inner.found_inf
+        if prepared is not None:
+            self._fused.run(prepared, verdict.factor, verdict.found_inf, groups)
+        self._warn_of_edits()
+
+    def _check_capture(self, rest: list[list[Tensor]]) -> None:
+        """Refuse a CUDA graph that would leave part of the step behind."""
+        left = next((p for p in chain(*rest) if p.grad is not None), None)
+        if left is not None:
+            raise RuntimeError(
+                f"step() is captured into a CUDA graph, but {self._name(left)} is stepped by the "
+                f"rule itself, whose numbers a replay would repeat. Pass fused=True to step FP32 "
+                f"parameters by the same kernel; explain() says what else keeps one out."
+            )
+        if self.loss_scaler is not None:
+            raise RuntimeError(
+                "step() is captured into a CUDA graph with a loss scaler, whose scale moves on "
+                "the host and would stand still in a replay. BF16 needs none: drop loss_scaler."
+            )
 
     def _run_rule(
-        self, call: Callable[[], Any], factor: Tensor | None = None, *, everything: bool = False
+        self, call: Callable[[], Any], factor: Tensor | None, groups: dict[int, list[Tensor]]
     ) -> None:
-        """`call` the rule with masters and gradients in place, once for each bucket."""
-        self._check_params()
-        self._scale_fp32_grads(factor)
-        if self._admission is None:
+        """`call` the rule with masters and gradients in place, once for each bucket of `groups`."""
+        self._check_params(chain(*groups.values()))
+        self._scale_fp32_grads(factor, chain(*groups.values()))
+        everybody = [len(groups.get(i, ())) for i in range(len(self.param_groups))]
+        if self._admission is None and everybody == [len(g["params"]) for g in self.param_groups]:
             with torch.enable_grad():
                 call()
             return
-        buckets = self._buckets(everything)
+        buckets = self._buckets(groups)
         scratch = Scratch(self._largest_rooms(buckets))
         shared = shared_keys(self.inner)
         values = GroupValues(self.param_groups) if len(buckets) > 1 else None
@@ -291,18 +390,18 @@ class SteppingOptimizer(Optimizer):
             with run, values.bucket(bucket) if values else nullcontext(), torch.enable_grad():
                 run.take_grads(factor)
                 call()
-        self._warn_of_edits()
 
-    def _buckets(self, everything: bool) -> list[Bucket]:
-        groups: list[list[Tensor]] = [group["params"] for group in self.param_groups]
+    def _buckets(self, groups: dict[int, list[Tensor]]) -> list[Bucket]:
         capacity = self.bucket_numel
-        if self._store.whole or capacity is None:
-            return [dict(enumerate(groups))]
-        if everything:
-            groups = [[p for p in group if self.state.get(p)] for group in groups]
-        else:
-            groups = [[p for p in group if p.grad is not None] for group in groups]
+        if capacity is None or not self._in_buckets:
+            return [groups]
         return fill_buckets(groups, self._room, capacity)
+
+    @property
+    def _in_buckets(self) -> bool:
+        """Whether the rule sees a part of its parameters at a time."""
+        masters = self._admission is not None and not self._store.whole
+        return masters and self.bucket_numel is not None
 
     def _largest_rooms(self, buckets: list[Bucket]) -> dict[torch.device, int]:
         """The most scratch that any bucket takes, by device."""
@@ -326,14 +425,14 @@ class SteppingOptimizer(Optimizer):
         device = next((p.device.type for p in self._params()), "cpu")
         return 2**20 if device == "cpu" else 2**22
 
-    def _scale_fp32_grads(self, factor: Tensor | None) -> None:
+    def _scale_fp32_grads(self, factor: Tensor | None, params: Iterable[Tensor]) -> None:
         if factor is not None:
-            grads = [p.grad for p in self._params() if p.grad is not None]
+            grads = [p.grad for p in params if p.grad is not None]
             scale_((g for g in grads if g.dtype not in LOW), factor)
 
-    def _check_params(self) -> None:
-        """What may have changed about the parameters since the last step."""
-        for p in self._params():
+    def _check_params(self, params: Iterable[Tensor]) -> None:
+        """What may have changed about these parameters since the last step."""
+        for p in params:
             if self._dtypes.setdefault(p, p.dtype) != p.dtype:
                 raise RuntimeError(
                     f"{self._name(p)} was {self._dtypes[p]} when its optimizer state was made and "
@@ -373,9 +472,9 @@ class SteppingOptimizer(Optimizer):
         def evaluate() -> float:
             with run.in_model() if run else nullcontext(), torch.no_grad():
                 losses.append(self._evaluate(closure))
-                verdicts.append(self._judge(grad_factor, host=True))
+                verdicts.append(self._judge(self._grads(), grad_factor, on_device=False))
                 self._refuse_late_overflow(verdicts)
-                self._scale_fp32_grads(verdicts[-1].factor)
+                self._scale_fp32_grads(verdicts[-1].factor, self._params())
                 if run:
                     run.take_grads(verdicts[-1].factor)
             return losses[-1]
@@ -395,7 +494,9 @@ class SteppingOptimizer(Optimizer):
         """On gradients from before the closure's first call, which some rules (SAM) begin with."""
         scaler = self.loss_scaler
         carried = scaler is None or scaler.losses_scaled != self._losses_seen
-        return self._judge(grad_factor, host=True) if self._admission and carried else None
+        if not self._admission or not carried:
+            return None
+        return self._judge(self._grads(), grad_factor, on_device=False)
 
     def _refuse_late_overflow(self, verdicts: list[Verdict]) -> None:
         """An evaluation with nothing to step on ends the step if it is the first, else the run."""
@@ -414,6 +515,9 @@ class SteppingOptimizer(Optimizer):
 
     def _params(self) -> Iterator[Tensor]:
         return (param for group in self.param_groups for param in group["params"])
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for p in self._params() if p.grad is not None]
 
     def _named_grads(self) -> list[tuple[str, Tensor]]:
         named = names_of(self.param_groups)

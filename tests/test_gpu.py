@@ -61,7 +61,7 @@ def test_masters_equal_the_rule_on_fp32_parameters(
     params = parameters(dtype)
     reference = [nn.Parameter(p.detach().float()) for p in params]
     inner = AdamW(params, lr=1e-2, **options)
-    optimizer = mixprec.MixedPrecision(inner, masters=masters, bucket_numel=4096)
+    optimizer = mixprec.MixedPrecision(inner, masters=masters, bucket_numel=4096, fused=False)
     bare = AdamW(reference, lr=1e-2, **options)
     for step in range(5):
         give_grads(params, step, dtype)
@@ -72,6 +72,30 @@ def test_masters_equal_the_rule_on_fp32_parameters(
         assert_same(master, q.detach())
         rounded = formats.split(master)[0] if masters == "split" else master.to(dtype)
         assert_same(p.detach(), rounded)
+
+
+@pytest.mark.parametrize("rule", ["Muon", "Adafactor", "SOAP", "Shampoo", "Lamb"])
+def test_rules_that_mix_elements_run_bucket_by_bucket_with_every_bit(rule: str) -> None:
+    def build(dtype: torch.dtype) -> tuple[list[nn.Parameter], Any]:
+        params = [p for p in parameters(dtype) if p.ndim == 2]
+        if rule in ("Muon", "Adafactor"):
+            return params, getattr(torch.optim, rule)(params, lr=1e-2)
+        package: Any = pytest.importorskip("pytorch_optimizer")
+        return params, getattr(package, rule)(params, lr=1e-2)
+
+    (params, inner), (_, bare) = build(torch.bfloat16), build(torch.bfloat16)
+    reference = [nn.Parameter(p.detach().float()) for p in params]
+    bare.param_groups[0]["params"][:] = reference
+    bare.state.clear()
+    optimizer = mixprec.MixedPrecision(inner, fused=False, bucket_numel=4096)
+    assert "bucket by bucket" in optimizer.explain()
+    for step in range(4):
+        give_grads(params, step, torch.bfloat16)
+        give_grads(reference, step, torch.bfloat16)
+        optimizer.step()
+        bare.step()
+    for (_, master), q in zip(optimizer.masters(), reference, strict=True):
+        assert_same(master, q.detach())
 
 
 @pytest.mark.parametrize(("dtype", "masters"), STORAGES)
@@ -86,7 +110,11 @@ def test_fused_rules_step_and_skip_without_making_the_host_wait(
     params = parameters(dtype)
     scaler = mixprec.DynamicLossScaler(init_scale=2.0**10)
     optimizer = mixprec.MixedPrecision(
-        rules[rule](params), masters=masters, loss_scaler=scaler, max_grad_norm=1.0
+        rules[rule](params),
+        masters=masters,
+        loss_scaler=scaler,
+        max_grad_norm=1.0,
+        fused=False,
     )
     loss = torch.ones((), device="cuda")
     scaler.multiply(loss)
@@ -138,7 +166,8 @@ def test_accumulated_window_makes_the_host_wait_nowhere() -> None:
             accumulator.backward(loss_sum, count, last=i == 3)
         return accumulator.step()
 
-    window()
+    for _ in range(3):
+        window()
     torch.cuda.synchronize()
     with no_waiting():
         loss = window()
@@ -149,7 +178,7 @@ def test_peak_memory_of_a_step_is_the_scratch() -> None:
     params = [
         nn.Parameter(torch.zeros(2**20, device="cuda", dtype=torch.bfloat16)) for _ in range(16)
     ]
-    optimizer = mixprec.MixedPrecision(AdamW(params, fused=True), bucket_numel=2**21)
+    optimizer = mixprec.MixedPrecision(AdamW(params, fused=True), bucket_numel=2**21, fused=False)
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -159,4 +188,5 @@ def test_peak_memory_of_a_step_is_the_scratch() -> None:
     optimizer.step()
     # Eight bytes an element of the bucket, and what `split` and `join` need for one tensor.
     room = 8 * 2**21 + 8 * 2**20
-    assert torch.cuda.max_memory_allocated() - resident <= room + 2**20
+    few = 2**20 + 2**12  # numbers, each of which takes 512 bytes of the allocator's
+    assert torch.cuda.max_memory_allocated() - resident <= room + few

@@ -1060,7 +1060,7 @@ def test_wrapper_inside_a_wrapper_is_refused() -> None:
     ("options", "text"),
     [
         ({"masters": "none"}, "masters='none'; use 'auto', 'full' or 'split'"),
-        ({"on_nonfinite": "allow"}, "on_nonfinite='allow'; use 'skip' or 'raise'"),
+        ({"on_nonfinite": "allow"}, "on_nonfinite='allow'; use 'skip', 'raise' or 'ignore'"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm=0\.0; it is the L2 norm"),
         ({"max_grad_norm": float("nan")}, "max_grad_norm=nan; it is the L2 norm"),
         ({"bucket_numel": 0}, "bucket_numel=0; it is a number of elements"),

@@ -1,0 +1,240 @@
+"""Parameters of one age: what a rule counts for them is the same, so it is replayed once for all.
+
+A rule keeps numbers for each parameter (a step count, mostly), and the same ones for nearly all of
+them. Parameters of a group whose numbers agree form a cohort, and share the very objects in their
+state: one 0-d step tensor for all of AdamW's weights. So counting is one addition, and what a user
+reads in `state[p]["step"]` is always true.
+
+A rule that runs by itself would count a shared tensor once for each parameter, and a checkpoint
+would hand the sharing on. So whoever leaves a cohort, or is saved, gets copies (`own_numbers`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixprec.fused.record import Element, Probe, RuleState
+from mixprec.inner import map_leaves, same
+from mixprec.masters import MASTER
+from mixprec.state_formats import decode, is_scale, scale_key
+
+__all__ = ["Cohort", "Member", "decoded", "elements_of", "form_cohorts", "own_numbers", "shown"]
+
+Entry = dict[str, Any]
+"""What an optimizer's `state` holds for one parameter."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A parameter that steps.
+
+    Attributes:
+        index: of its group.
+        param: the parameter.
+        entry: its own in the optimizer's state.
+        probe: what replays its rule.
+        state: what the entry says, in the probe's terms.
+    """
+
+    index: int
+    param: Tensor
+    entry: Entry
+    probe: Probe
+    state: RuleState
+
+
+@dataclass
+class Cohort:
+    """Parameters of a group that a rule treats alike, as old as each other.
+
+    Attributes:
+        index: of their group.
+        probe: replays the rule for them.
+        state: what the rule keeps for each, but for data; plain numbers in it are the objects that
+            every entry holds.
+        params: in the group's order.
+        entries: their entries in the optimizer's state.
+        tensors: what each holds of data, by the names in `state` (and `scale_key` of codes).
+    """
+
+    index: int
+    probe: Probe
+    state: RuleState
+    params: list[Tensor] = field(default_factory=list[Tensor])
+    entries: list[Entry] = field(default_factory=list[Entry])
+    tensors: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
+
+    def add(self, member: Member) -> None:
+        self.params.append(member.param)
+        self.entries.append(member.entry)
+        self.tensors.append(member.state.tensors(member.entry))
+        plain = {k: v for k, v in self.state.numbers.items() if not _holds_elements(v)}
+        member.entry.update(plain)
+
+    def own_state(self) -> RuleState:
+        """The state with copies of its numbers, to come back to."""
+        return RuleState(own_numbers(self.state.numbers), self.state.elements, self.state.reduced)
+
+    def set_state(self, state: RuleState) -> None:
+        """Give all members these numbers. A tensor is written in place: users hold on to it."""
+        numbers = dict(self.state.numbers)
+        for name in [name for name in numbers if name not in state.numbers]:
+            del numbers[name]
+            for entry in self.entries:
+                entry.pop(name, None)
+        for name, value in state.numbers.items():
+            old = numbers.get(name, Cohort)
+            if isinstance(old, Tensor) and isinstance(value, Tensor) and _alike(old, value):
+                old.copy_(value)
+            elif old is not value and not (_holds_elements(value) and same(old, value)):
+                numbers[name] = value
+                self._place(name, value)
+        self.state = RuleState(numbers, state.elements, state.reduced)
+
+    def _place(self, name: str, value: Any) -> None:
+        for entry, tensors in zip(self.entries, self.tensors, strict=True):
+            if _holds_elements(value):
+                entry[name] = RuleState({name: value}).entry(tensors)[name]
+            else:
+                entry[name] = value
+
+
+def _alike(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and left.dtype == right.dtype
+
+
+def _holds_elements(value: Any) -> bool:
+    """Whether a number is a collection in which tensors of elements have their places."""
+    found: list[str] = []
+
+    def look(name: str, leaf: Any) -> Any:
+        if isinstance(leaf, Element):
+            found.append(name)
+
+    if type(value) not in (int, float, bool, str, type(None)) and not isinstance(value, Tensor):
+        map_leaves(look, "", value)
+    return bool(found)
+
+
+def elements_of(entry: Mapping[str, Any], param: Tensor) -> tuple[str, ...]:
+    """Names of the states that hold a number for each element, however they are stored.
+
+    Those in collections are not among them; they are FP32 always.
+
+    >>> import torch
+    >>> param = torch.ones(40)
+    >>> entry = {"step": torch.ones(()), "exp_avg": torch.ones(40, dtype=torch.int8),
+    ...          "exp_avg.scale": torch.ones(2), "master": torch.ones(40)}
+    >>> elements_of(entry, param)
+    ('exp_avg',)
+    """
+    return tuple(k for k, v in entry.items() if k != MASTER and _is_element(k, v, entry, param))
+
+
+def _is_element(name: str, value: Any, entry: Mapping[str, Any], param: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != param.shape or param.ndim == 0:
+        return False
+    return value.is_floating_point() or scale_key(name) in entry
+
+
+def shown(entry: Mapping[str, Any]) -> Entry:
+    """An entry as a probe may see it: codes as the FP32 tensors that they stand for, without data,
+    and counts on the host."""
+    seen: Entry = {}
+    for name, value in entry.items():
+        if scale_key(name) in entry:
+            seen[name] = torch.empty(value.shape, device="meta")
+        elif not is_scale(name):
+            seen[name] = value
+    return seen
+
+
+def counts_on_host(entry: Entry, state: RuleState) -> None:
+    """Bring numbers that are known in advance to the host, which counts them; waits once."""
+    for name, value in state.numbers.items():
+        if isinstance(value, Tensor) and not value.is_cpu:
+            entry[name] = value.cpu()
+
+
+def form_cohorts(members: Iterable[Member], resting: Iterable[Entry]) -> list[Cohort]:
+    """Cohorts of the parameters that step, none of which shares anything with one that rests."""
+    cohorts: list[Cohort] = []
+    places: dict[Any, Cohort] = {}
+    for member in members:
+        state = member.state
+        ids = ((k, id(v)) for k, v in state.numbers.items() if not _holds_elements(v))
+        key = (member.index, id(member.probe), state.elements, (*state.reduced,), *ids)
+        cohort = places.get(key)
+        if cohort is None or not same(dict(cohort.state.numbers), dict(state.numbers)):
+            cohort = next((c for c in cohorts if _is_of(member, c)), None)
+            if cohort is None:
+                cohort = Cohort(member.index, member.probe, state)
+                cohorts.append(cohort)
+            places[key] = cohort
+        cohort.add(member)
+    elsewhere = {id(v) for entry in resting for v in entry.values() if isinstance(v, Tensor)}
+    for cohort in cohorts:
+        if any(id(value) in elsewhere for value in cohort.state.numbers.values()):
+            _separate(cohort)
+    return cohorts
+
+
+def _is_of(member: Member, cohort: Cohort) -> bool:
+    left, right = member.state, cohort.state
+    return (
+        (member.index, left.elements) == (cohort.index, right.elements)
+        and member.probe is cohort.probe
+        and dict(left.reduced) == dict(right.reduced)
+        and same(dict(left.numbers), dict(right.numbers))
+    )
+
+
+def _separate(cohort: Cohort) -> None:
+    """Give a cohort's members numbers that nobody else has."""
+    cohort.state = cohort.own_state()
+    plain = {k: v for k, v in cohort.state.numbers.items() if not _holds_elements(v)}
+    for entry in cohort.entries:
+        entry.update(plain)
+
+
+def own_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies of numbers, shared with nobody."""
+    return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in numbers.items()}
+
+
+def decoded(entry: Mapping[str, Any], param: Tensor, bf16: Sequence[str] = ()) -> Entry:
+    """An entry as the rule itself would keep it: FP32 states, numbers shared with nobody.
+
+    States stored as codes tell by themselves; `bf16` names those that are stored in BF16. FP32
+    states, and collections of tensors, are the same objects.
+    """
+    elements = elements_of(entry, param)
+    plain: Entry = {}
+    for name, value in entry.items():
+        if is_scale(name):
+            continue
+        if name in elements:
+            encoded = scale_key(name) in entry or name in bf16
+            plain[name] = decode(value, entry.get(scale_key(name))) if encoded else value
+        elif name == MASTER or _holds_tensors(value):
+            plain[name] = value
+        else:
+            plain.update(own_numbers({name: value}))
+    return plain
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is a collection with tensors in it; those are never shared."""
+    found: list[str] = []
+    if isinstance(value, Tensor):
+        return False
+    map_leaves(
+        lambda name, leaf: found.append(name) if isinstance(leaf, Tensor) else None, "", value
+    )
+    return bool(found)
