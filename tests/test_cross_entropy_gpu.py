@@ -167,10 +167,17 @@ def test_errors_stay_within_their_bounds_on_a_model_that_has_learnt(
     loss, _ = linear_cross_entropy(hidden, weight, targets, logits_dtype=logits_dtype)
     loss.backward()
     found = error(hidden.grad, exact[0].grad), error(weight.grad, exact[1].grad)
-    assert abs(loss.item() / exact_loss.item() - 1) < (1e-6 if logits_dtype == FP32 else 1e-4)
-    # Rounding the hidden states' gradient to BF16 is 1.66e-3 of it; there is hardly more.
-    assert found[0] <= 2.2e-3, found
-    assert found[1] <= (1.5e-3 if (logits_dtype, learnt) == (BF16, 12.0) else 3e-4), found
+    # A tensor core adds 16 products at a time and cuts the sum off, by up to a spacing, 2^-19 for
+    # logits beyond 16: at random, sqrt(width / 16) spacings a logit, which a loss near 0 shows.
+    spacings = (width / 16) ** 0.5
+    allowed = 3e-6 + len(targets) * spacings * 2.0**-19 / exact_loss.item()
+    assert abs(loss.item() / exact_loss.item() - 1) < (allowed if logits_dtype == FP32 else 1e-4)
+    # Rounding the hidden states' gradient to BF16 is 1.66e-3 of it, and there is hardly more until a
+    # few classes have all of a token's gradient, whose own rounding to BF16 then counts: 2^-9 at
+    # most, some 1.5e-3 at random, 2.24e-3 in all (2.27e-3 seen; full logits 8.8e-3).
+    peaked = learnt == 12.0
+    assert found[0] <= (2.5e-3 if peaked else 2.2e-3), found
+    assert found[1] <= (1.5e-3 if peaked and logits_dtype == BF16 else 3e-4), found
 
 
 @pytest.mark.parametrize("logits_dtype", [BF16, FP32])
