@@ -172,7 +172,7 @@ def test_errors_stay_within_their_bounds_on_a_model_that_has_learnt(
     spacings = (width / 16) ** 0.5
     allowed = 3e-6 + len(targets) * spacings * 2.0**-19 / exact_loss.item()
     assert abs(loss.item() / exact_loss.item() - 1) < (allowed if logits_dtype == FP32 else 1e-4)
-    # Rounding the hidden states' gradient to BF16 is 1.66e-3 of it, and there is hardly more until a
+    # Rounding the hidden states' gradient to BF16 is 1.66e-3 of it, and there is hardly more, until
     # few classes have all of a token's gradient, whose own rounding to BF16 then counts: 2^-9 at
     # most, some 1.5e-3 at random, 2.24e-3 in all (2.27e-3 seen; full logits 8.8e-3).
     peaked = learnt == 12.0

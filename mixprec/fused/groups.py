@@ -102,7 +102,7 @@ class FusedGroups:
         low = [param for param in params if param.dtype in LOW]
         if self.fused is False:
             return "fused=False"
-        if not low and self.fused != True:  # noqa: E712
+        if not low and self.fused is not True:
             return "FP32 parameters keep the bits of the rule; fused=True fuses them too"
         if not any(param.ndim and is_dense(param) for param in params):
             return "kernels take tensors of one dimension or more, without gaps in memory"
