@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-import pytorch_optimizer
 import torch
 from rules import Recipe, torch_recipes
 from small_rules import Rule, params
@@ -85,23 +84,37 @@ def test_every_rule_of_torch_is_played_as_it_is_recorded(recipe: Recipe) -> None
     assert refused or sum(pair.played) >= 4
 
 
+def third(name: str, **options: Any) -> Callable[[Any], Optimizer]:
+    """A rule of pytorch-optimizer."""
+
+    def build(params: Any) -> Optimizer:
+        package: Any = pytest.importorskip("pytorch_optimizer")
+        return vars(package)[name](params, **options)
+
+    return build
+
+
 RULES: dict[str, Callable[[Any], Optimizer]] = {
     "AdamW": lambda p: AdamW(p, weight_decay=0.1),
     "Adam, amsgrad": lambda p: Adam(p, amsgrad=True),
     "SGD, momentum": lambda p: SGD(p, momentum=0.9),
     "NAdam": NAdam,
     "RAdam": RAdam,
-    "Lion": lambda p: vars(pytorch_optimizer)["Lion"](p),
-    "LAMB": lambda p: vars(pytorch_optimizer)["Lamb"](p),
-    "PNM": lambda p: vars(pytorch_optimizer)["PNM"](p),
-    "Adan": lambda p: vars(pytorch_optimizer)["Adan"](p),
-    "Ranger21": lambda p: vars(pytorch_optimizer)["Ranger21"](p, num_iterations=STEPS),
+}
+THIRD: dict[str, Callable[[Any], Optimizer]] = {
+    "Lion": third("Lion"),
+    "LAMB": third("Lamb"),
+    "PNM": third("PNM"),
+    "Adan": third("Adan"),
+    "Ranger21": third("Ranger21", num_iterations=STEPS),
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "rule", [*RULES, *(pytest.param(rule, marks=pytest.mark.thirdparty) for rule in THIRD)]
+)
 def test_what_a_schedule_changes_is_played_without_recording_anew(rule: str) -> None:
-    pair = Pair(RULES[rule](params()))
+    pair = Pair({**RULES, **THIRD}[rule](params()))
     for _ in range(STEPS):
         pair.step()
         pair.group["lr"] *= 0.9
