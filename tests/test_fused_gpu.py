@@ -358,6 +358,16 @@ def assert_equal_states(left: dict[str, Any], right: dict[str, Any]) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (key, name)
 
 
+def test_a_kernel_tells_autograd_that_weights_have_changed() -> None:
+    weight = nn.Parameter(torch.ones(4, device="cuda", dtype=torch.bfloat16))
+    optimizer = mixprec.MixedPrecision(SGD([weight], lr=0.25))
+    loss = weight.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("stored", [None, "8bit"])
 def test_a_run_that_is_saved_goes_on_bit_by_bit(stored: Any) -> None:
     def run(stop: int | None) -> list[Tensor]:
