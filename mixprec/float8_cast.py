@@ -1,0 +1,274 @@
+"""A matrix in FP8, with its transpose: what a scaled matrix product takes.
+
+Every value is multiplied in FP32, rounded to the nearest FP8 value (ties to even) and saturated:
+
+    byte = round(clamp(x * multiplier, -max, max)),    x is about byte * (1 / multiplier)
+
+The units of a GPU multiply only matrices whose summed dimension is contiguous, so each operand is
+needed twice: `rows` for one product, `cols`, its transpose, for another. Both come from one reading
+of x, and where one multiplier serves the whole matrix they hold the same bytes.
+
+A saturating cast hides an overflow from a loss scaler. Here inf and NaN become the byte 0x7F, which
+is NaN in both formats: they pass through every product and end in the gradients, where they are
+looked for anyway. Finite values saturate. What was lost can be counted on the way, at no extra
+reading.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixprec.formats import E4M3, E5M2, Format
+
+__all__ = [
+    "AMAX_BITS",
+    "FLUSHED",
+    "NON_FINITE",
+    "NUM_COUNTERS",
+    "SATURATED",
+    "SEEN",
+    "Operand8",
+    "cast_rowwise",
+    "cast_scaled",
+    "cast_tensorwise",
+    "largest_that_fits",
+]
+
+AMAX_BITS, SATURATED, FLUSHED, NON_FINITE, SEEN = range(5)
+"""Places in the counters."""
+NUM_COUNTERS = 8
+
+ALIGNMENT = 16
+"""The units take matrices whose rows are multiples of 16 bytes."""
+
+SMALLEST_AMAX = 1e-12
+"""Stands in for a smaller one, as in torchao, so that zeros have a finite multiplier."""
+
+_INF, _NAN = 0x7F800000, 0x7FC00000
+_NAN_BYTE = 0x7F
+_INPUTS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Operand8(NamedTuple):
+    """A matrix `[R, C]` in FP8. An orientation that was not asked for is None, its factor empty."""
+
+    rows: Tensor | None
+    """`[R, C]`, row-major."""
+    cols: Tensor | None
+    """`[C, R16]`, row-major: the transpose, with zero bytes up to a multiple of 16 rows."""
+    row_scale: Tensor
+    """FP32: multiply `rows` by it. `()`, or `(R, 1)` with one factor a row."""
+    col_scale: Tensor
+    """FP32: multiply `cols` by it. `()`, or `(C, 1)` with one factor a column of the matrix."""
+
+
+def cast_scaled(
+    x: Tensor,
+    format: Format,
+    scale: Tensor,
+    counters: Tensor | None = None,
+    *,
+    rows: bool = True,
+    cols: bool = True,
+    out: tuple[Tensor | None, Tensor | None] | None = None,
+) -> Operand8:
+    """`x` in FP8 by a multiplier that is given.
+
+    Args:
+        x: `[R, C]`, BF16, FP16 or FP32, any strides; may be empty.
+        format: `formats.E4M3` or `formats.E5M2`.
+        scale: FP32 `[2]` on the device of `x`: the multiplier, a power of two, and its inverse.
+        counters: int64 `[8]` on the device of `x`, added to, or None. `[AMAX_BITS]` is the largest
+            `|x|` as the bits of an FP32 (NaN as 0x7FC00000, above inf), `[SATURATED]` counts finite
+            values that rounded to nearest would not fit, `[FLUSHED]` nonzero ones that became 0,
+            `[NON_FINITE]` inf and NaN, `[SEEN]` all; the rest stays.
+        rows, cols: which orientations to write.
+        out: contiguous `(rows, cols)` to overwrite, as an earlier call made them, instead of new
+            ones; None for an orientation that is not wanted. Decides instead of `rows` and `cols`.
+
+    Returns:
+        Both orientations, with `scale[1]` as their factor.
+
+    Raises:
+        TypeError: for another dtype of `x`.
+        ValueError: for a format of more bits, or an `x` that is no matrix.
+
+    >>> import torch
+    >>> from mixprec import formats
+    >>> x, scale = torch.tensor([[1.0, 300.0], [-0.3, float("inf")]]), torch.tensor([2.0, 0.5])
+    >>> operand = cast_scaled(x, formats.E4M3, scale)
+    >>> operand.rows.float() * operand.row_scale
+    tensor([[  1.0000, 224.0000],
+            [ -0.3125,      nan]])
+    >>> operand.cols.shape
+    torch.Size([2, 16])
+    """
+    x = _checked("cast_scaled", x, format)
+    by_row, by_col = _empty(x, format, rows, cols) if out is None else out
+    with torch.no_grad():
+        codes = _codes(x, scale[0], format)
+        _write(codes, by_row, by_col)
+        _count(x, scale[0], codes, format, counters)
+    factor = scale[1]
+    return Operand8(by_row, by_col, factor, factor)
+
+
+def cast_tensorwise(
+    x: Tensor,
+    format: Format,
+    counters: Tensor | None = None,
+    *,
+    power_of_two: bool = False,
+    rows: bool = True,
+    cols: bool = True,
+) -> Operand8:
+    """`x` in FP8 by the multiplier that puts its largest value at the format's.
+
+    The multiplier is `format.max / max(amax, 1e-12)` in FP64, rounded to FP32, and the factor its
+    inverse in FP32: the bytes and factors of torchao. Non-finite values do not count in `amax`, so
+    one of them leaves the other bytes useful, and is one NaN of the operand.
+
+    Args:
+        power_of_two: round the multiplier down to a power of two, so that multiplying is exact.
+        x, format, counters, rows, cols: as in `cast_scaled`.
+
+    >>> import torch
+    >>> from mixprec import formats
+    >>> operand = cast_tensorwise(torch.tensor([[2.0, -0.125]]), formats.E4M3)
+    >>> operand.rows.float(), operand.row_scale
+    (tensor([[448., -28.]]), tensor(0.0045))
+    """
+    x = _checked("cast_tensorwise", x, format)
+    by_row, by_col = _empty(x, format, rows, cols)
+    with torch.no_grad():
+        multiplier, factor = _fitted(_finite_magnitude(x).amax(), format, power_of_two)
+        codes = _codes(x, multiplier, format)
+        _write(codes, by_row, by_col)
+        _count(x, multiplier, codes, format, counters)
+    return Operand8(by_row, by_col, factor, factor)
+
+
+def cast_rowwise(
+    x: Tensor,
+    format: Format,
+    counters: Tensor | None = None,
+    *,
+    power_of_two: bool = True,
+    rows: bool = True,
+    cols: bool = True,
+) -> Operand8:
+    """`x` in FP8 by multipliers of its own for each row, and others for each column.
+
+    Each as in `cast_tensorwise`. `rows` and `cols` hold different bytes here; what a value lost is
+    counted in `rows`, or in `cols` if that is all there is.
+
+    Args:
+        power_of_two: round multipliers down to powers of two.
+        x, format, counters, rows, cols: as in `cast_scaled`.
+
+    >>> import torch
+    >>> from mixprec import formats
+    >>> operand = cast_rowwise(torch.tensor([[1.0, 2.0], [0.0, 0.0]]), formats.E4M3)
+    >>> operand.rows.float(), operand.row_scale.T
+    (tensor([[128., 256.],
+            [  0.,   0.]]), tensor([[7.8125e-03, 3.5527e-15]]))
+    """
+    x = _checked("cast_rowwise", x, format)
+    by_row, by_col = _empty(x, format, rows, cols)
+    with torch.no_grad():
+        magnitude = _finite_magnitude(x)
+        row_factor = col_factor = magnitude.new_empty(0, 1)
+        if by_col is not None:
+            fitted = _fitted(magnitude.amax(0, keepdim=True)[:, : x.shape[1]], format, power_of_two)
+            codes, col_factor = _codes(x, fitted[0], format), fitted[1].t().contiguous()
+            _write(codes, None, by_col)
+            if by_row is None:
+                _count(x, fitted[0], codes, format, counters)
+        if by_row is not None:
+            fitted = _fitted(magnitude.amax(1, keepdim=True)[: x.shape[0]], format, power_of_two)
+            codes, row_factor = _codes(x, fitted[0], format), fitted[1]
+            _write(codes, by_row, None)
+            _count(x, fitted[0], codes, format, counters)
+    return Operand8(by_row, by_col, row_factor, col_factor)
+
+
+def largest_that_fits(format: Format) -> float:
+    """The largest FP32 value that rounds to `format.max`, halfway to the next or just below it.
+
+    Halfway ties to an even mantissa, which that of E4M3's 448 is (110) and of E5M2's 57344 is not.
+
+    >>> largest_that_fits(E4M3), largest_that_fits(E5M2)
+    (464.0, 61439.99609375)
+    """
+    return 464.0 if format == E4M3 else 61440.0 - 2.0**-8
+
+
+def _checked(function: str, x: Tensor, format: Format) -> Tensor:
+    if x.dtype not in _INPUTS:
+        raise TypeError(f"{function} got x as {x.dtype}; it takes BF16, FP16 or FP32")
+    if x.ndim != 2:
+        raise ValueError(
+            f"{function} got x of shape {list(x.shape)}; it takes a matrix, as by x.flatten(0, -2)"
+        )
+    if format is not E4M3 and format is not E5M2 and format not in (E4M3, E5M2):
+        raise ValueError(f"{function} got format {format}; the FP8 formats are e4m3 and e5m2")
+    return x.contiguous()
+
+
+def _empty(
+    x: Tensor, format: Format, rows: bool, cols: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    num_rows, num_cols = x.shape
+    padded = -(-num_rows // ALIGNMENT) * ALIGNMENT
+    by_row = x.new_empty(num_rows, num_cols, dtype=format.dtype) if rows else None
+    by_col = x.new_empty(num_cols, padded, dtype=format.dtype) if cols else None
+    return by_row, by_col
+
+
+def _codes(x: Tensor, multiplier: Tensor, format: Format) -> Tensor:
+    """The bytes of `x`, as uint8."""
+    scaled = (x.float() * multiplier).clamp_(-format.max, format.max)
+    return scaled.to(format.dtype).view(torch.uint8).masked_fill_(~x.isfinite(), _NAN_BYTE)
+
+
+def _write(codes: Tensor, by_row: Tensor | None, by_col: Tensor | None) -> None:
+    if by_row is not None:
+        by_row.view(torch.uint8).copy_(codes)
+    if by_col is not None:
+        target, num_rows = by_col.view(torch.uint8), codes.shape[0]
+        target[:, :num_rows].copy_(codes.t())
+        target[:, num_rows:].zero_()
+
+
+def _finite_magnitude(x: Tensor) -> Tensor:
+    """`|x|` in FP32, with 0 for inf and NaN; a zero where there is nothing to be the maximum."""
+    if not x.numel():
+        return x.new_zeros(max(x.shape[0], 1), max(x.shape[1], 1), dtype=torch.float32)
+    return x.float().abs().masked_fill_(~x.isfinite(), 0.0)
+
+
+def _fitted(amax: Tensor, format: Format, power_of_two: bool) -> tuple[Tensor, Tensor]:
+    """Multipliers that bring `amax` to the format's largest value, and their inverses."""
+    multiplier = (format.max / amax.double().clamp(min=SMALLEST_AMAX)).float()
+    if power_of_two:  # drop the mantissa; no multiplier is as small as a subnormal
+        multiplier = (multiplier.view(torch.int32) & -0x800000).view(torch.float32)
+    return multiplier, multiplier.reciprocal()
+
+
+def _count(
+    x: Tensor, multiplier: Tensor, codes: Tensor, format: Format, counters: Tensor | None
+) -> None:
+    if counters is None or not x.numel():
+        return
+    finite, wide = x.isfinite(), x.float()
+    too_large = ((wide * multiplier).abs() > largest_that_fits(format)) & finite
+    flushed = (x != 0) & (codes & 0x7F == 0)
+    amax = wide.view(torch.int32).bitwise_and(0x7FFFFFFF).amax()
+    amax = torch.where(amax > _INF, _NAN, amax)
+    counters[AMAX_BITS] = torch.maximum(counters[AMAX_BITS], amax)
+    sums = torch.stack([too_large.sum(), flushed.sum(), (~finite).sum()])
+    counters[SATURATED : NON_FINITE + 1] += sums
+    counters[SEEN] += x.numel()
