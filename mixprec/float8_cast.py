@@ -65,9 +65,9 @@ class Operand8(NamedTuple):
     cols: Tensor | None
     """`[C, R16]`, row-major: the transpose, with zero bytes up to a multiple of 16 rows."""
     row_scale: Tensor
-    """FP32: multiply `rows` by it. `()`, or `(R, 1)` with one factor a row."""
+    """FP32: multiply `rows` by it. One element, or `(R, 1)` with one factor a row."""
     col_scale: Tensor
-    """FP32: multiply `cols` by it. `()`, or `(C, 1)` with one factor a column of the matrix."""
+    """FP32: multiply `cols` by it. One element, or `(C, 1)` with one factor a column."""
 
 
 def cast_scaled(
@@ -95,7 +95,8 @@ def cast_scaled(
             ones; None for an orientation that is not wanted. Decides instead of `rows` and `cols`.
 
     Returns:
-        Both orientations, with `scale[1]` as their factor.
+        Both orientations, with a copy of `scale[1]` as their factor: `scale` may change before they
+        are used.
 
     Raises:
         TypeError: for another dtype of `x`.
@@ -116,13 +117,13 @@ def cast_scaled(
     if _by_kernel(x):
         from mixprec import float8_kernels as kernels
 
-        kernels.cast_scaled_(x, by_row, by_col, format, scale, counters)
-    else:
-        with torch.no_grad():
-            codes = _codes(x, scale[0], format)
-            _write(codes, by_row, by_col)
-            _count(x, scale[0], codes, format, counters)
-    factor = scale[1]
+        factor = kernels.cast_scaled_(x, by_row, by_col, format, scale, counters)
+        return Operand8(by_row, by_col, factor, factor)
+    with torch.no_grad():
+        codes = _codes(x, scale[0], format)
+        _write(codes, by_row, by_col)
+        _count(x, scale[0], codes, format, counters)
+        factor = scale[1:].clone()
     return Operand8(by_row, by_col, factor, factor)
 
 
@@ -149,20 +150,21 @@ def cast_tensorwise(
     >>> from mixprec import formats
     >>> operand = cast_tensorwise(torch.tensor([[2.0, -0.125]]), formats.E4M3)
     >>> operand.rows.float(), operand.row_scale
-    (tensor([[448., -28.]]), tensor(0.0045))
+    (tensor([[448., -28.]]), tensor([0.0045]))
     """
     x = _checked("cast_tensorwise", x, format)
     by_row, by_col = _empty(x, format, rows, cols)
     if _by_kernel(x):
         from mixprec import float8_kernels as kernels
 
-        factor = kernels.cast_tensorwise_(x, by_row, by_col, format, counters, power_of_two)[1]
+        factor = kernels.cast_tensorwise_(x, by_row, by_col, format, counters, power_of_two)
         return Operand8(by_row, by_col, factor, factor)
     with torch.no_grad():
         multiplier, factor = _fitted(_finite_magnitude(x).amax(), format, power_of_two)
         codes = _codes(x, multiplier, format)
         _write(codes, by_row, by_col)
         _count(x, multiplier, codes, format, counters)
+        factor = factor.view(1)
     return Operand8(by_row, by_col, factor, factor)
 
 

@@ -197,6 +197,7 @@ def _cast_kernel(
     by_row,
     by_col,
     scale,
+    factor,
     counters,
     num_rows,
     num_cols,
@@ -208,6 +209,9 @@ def _cast_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    # No branch: it would keep all values of the tile in registers from before it to after it.
+    is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
+    tl.store(factor, tl.load(scale + 1), mask=is_first)
     first_row = tl.program_id(0) * BLOCK_R
     rows = first_row + tl.arange(0, BLOCK_R)
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -272,8 +276,11 @@ def cast_scaled_(
     scale: Tensor,
     counters: Tensor | None,
     fitted: bool = False,
-) -> None:
+) -> Tensor:
     """Write the orientations that are not None, by the multiplier `scale[0]`. One launch.
+
+    Returns the factor, a copy of `scale[1]`: `scale` may change before the factor is used, and a
+    product takes none that is not aligned to 16 bytes.
 
     Args:
         x: `[R, C]`, contiguous, not empty; so are the others.
@@ -281,12 +288,14 @@ def cast_scaled_(
     """
     numbers = _FORMATS[format.name]
     tile = _TILE if counters is None and x.shape[1] % 16 == 0 else _SMALL_TILE
+    factor = torch.empty(1, dtype=torch.float32, device=x.device)
     with _on(x):
         _cast_kernel[_grid(x, tile)](
             x,
             by_row,
             by_col,
             scale,
+            factor,
             counters,
             *x.shape,
             _padded(x),
@@ -296,6 +305,7 @@ def cast_scaled_(
             FLUSHED=numbers["FLUSHED"],
             **tile,
         )
+    return factor
 
 
 def cast_tensorwise_(
@@ -306,10 +316,7 @@ def cast_tensorwise_(
     counters: Tensor | None,
     power_of_two: bool,
 ) -> Tensor:
-    """As above, by a multiplier from the largest value; multiplier and factor, `[2]`, FP32.
-
-    Two launches and a memset.
-    """
+    """As above, by a multiplier from the largest value. Two launches and a memset."""
     work = torch.zeros(2, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
     numbers = _FORMATS[format.name]
@@ -326,8 +333,7 @@ def cast_tensorwise_(
             BLOCKS=_AMAX_BLOCKS,
             num_warps=8,
         )
-    cast_scaled_(x, by_row, by_col, format, scale, counters, fitted=True)
-    return scale
+    return cast_scaled_(x, by_row, by_col, format, scale, counters, fitted=True)
 
 
 # ---------------------------------------- a multiplier for each row and each column

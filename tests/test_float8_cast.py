@@ -99,7 +99,7 @@ def test_every_16_bit_value_gets_the_nearest_byte(
     assert operand.rows is not None and operand.rows.dtype == format.dtype
     check_cols(operand)
     for factor in (operand.row_scale, operand.col_scale):
-        assert factor.shape == () and factor.item() == 2.0**-exponent
+        assert factor.shape == (1,) and factor.item() == 2.0**-exponent
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -160,7 +160,7 @@ def test_tensorwise_multipliers_follow_the_rule_in_fp64(
     assert torch.equal(codes_of(operand.rows), expected_bytes(x, multiplier, format))
     check_cols(operand)
     assert operand.row_scale.item() == np.float32(1) / multiplier
-    assert operand.row_scale.shape == operand.col_scale.shape == ()
+    assert operand.row_scale.shape == operand.col_scale.shape == (1,)
     assert operand.row_scale.item() == operand.col_scale.item()
 
 
