@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from mixprec import formats
 from mixprec.formats import FP32, Format
 
-__all__ = ["NORMS", "Report", "Row", "convert"]
+__all__ = ["NORMS", "Report", "Row", "convert", "matches"]
 
 NORMS = "*norm*"
 """Pattern of the modules kept in FP32 by default: few parameters, statistics over many values."""
@@ -102,7 +102,7 @@ def _kept_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     kept: dict[str, str] = {}
     unused = set(patterns) - {NORMS}
     for name, module in model.named_modules(remove_duplicate=False):
-        matching = [pattern for pattern in patterns if _matches(pattern, name, module)]
+        matching = [pattern for pattern in patterns if matches(pattern, name, module)]
         unused.difference_update(matching)
         if matching:
             kept[name] = f"matches {matching[0]!r}"
@@ -119,7 +119,12 @@ def _kept_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     return kept
 
 
-def _matches(pattern: str, name: str, module: nn.Module) -> bool:
+def matches(pattern: str, name: str, module: nn.Module) -> bool:
+    """Whether `pattern` means the module called `name`; `mixprec.cast_model` says what it may be.
+
+    >>> matches("*.down", "blocks.3.down", nn.Linear(2, 2)), matches("linear", "0", nn.Linear(2, 2))
+    (True, True)
+    """
     if pattern == NORMS and next(module.children(), None) is not None:
         # A container named after the norm inside it, say PreNorm, is no norm unless it owns weights
         # or statistics as one does.

@@ -11,19 +11,23 @@ A training run has four places for a format, and they need not agree:
 a sum of 16-bit gradients stops growing after 2^(mantissa bits + 1) equal addends, 256 in BF16. FP32
 masters are not listed here, because they belong to the optimizer (`mixprec.MixedPrecision`).
 
+The preset "fp8" is BF16 with a recipe: linear layers read their operands in 8 bits, and everything
+else stays as it is (`mixprec.float8`).
+
 `cast_model` applies a precision to a model and keeps chosen modules, by default the norms, in FP32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import nn
 
-from mixprec import conversion, formats
+from mixprec import conversion, float8, formats
 from mixprec.conversion import NORMS, Report
+from mixprec.float8 import LayerReport, Recipe
 from mixprec.formats import BF16, FP16, FP32, Format
 
 if TYPE_CHECKING:
@@ -33,7 +37,10 @@ __all__ = ["Precision", "cast_model"]
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_PRESETS = {"fp32": FP32, "bf16": BF16, "fp16": FP16}
+_PRESETS = {"fp32": FP32, "bf16": BF16, "fp16": FP16, "fp8": BF16}
+"""The format of the parameters."""
+
+_FIELDS = ("params", "compute", "grads", "reduce")
 
 
 @dataclass(frozen=True, init=False)
@@ -41,12 +48,16 @@ class Precision:
     """Which number is held in which format: a preset, with single fields changed if given.
 
     Args:
-        preset: "fp32", "bf16" or "fp16", the format of `params`.
+        preset: "fp32", "bf16" or "fp16", the format of `params`; or "fp8", which is "bf16" with
+            `recipe="adaptive"`.
         params: format of the model's parameters, instead of the preset's.
         compute: format of matrix products. The format of `params` if not given; another one only
             for FP32 parameters, and then autocast or FSDP2 has to cast them.
         grads: format of gradient sums over micro-batches, FP32 or that of `compute`.
         reduce: format of gradient sums over ranks.
+        recipe: how linear layers run in FP8: "static" for unit-scaled models, "adaptive" for any
+            other, "tensorwise" or "rowwise" for scales computed from each tensor, or a
+            `mixprec.float8.Recipe`.
 
     Raises:
         ValueError: for an unknown preset or formats that do not go together.
@@ -56,27 +67,34 @@ class Precision:
     params=bf16,compute=bf16,grads=fp32,reduce=fp32
     >>> Precision.parse("params=bf16,grads=fp32") == Precision("bf16")
     True
+    >>> print(Precision("fp8", recipe="static"))
+    params=bf16,compute=bf16,grads=fp32,reduce=fp32,recipe=static
     """
 
     params: Format
     compute: Format
     grads: Format
     reduce: Format
+    recipe: Recipe | None
 
     def __init__(
         self,
-        preset: Literal["fp32", "bf16", "fp16"] = "fp32",
+        preset: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32",
         *,
         params: Format | None = None,
         compute: Format | None = None,
         grads: Format | None = None,
         reduce: Format | None = None,
+        recipe: Recipe | str | None = None,
     ) -> None:
+        if recipe is None and preset == "fp8":
+            recipe = "adaptive"
+        object.__setattr__(self, "recipe", None if recipe is None else float8.by_name(recipe))
         params = params or _preset(preset)
         chosen = (params, compute or params, grads or FP32, reduce or FP32)
-        for field, format in zip(fields(self), chosen, strict=True):
-            _check_format(field.name, format)
-            object.__setattr__(self, field.name, format)
+        for name, format in zip(_FIELDS, chosen, strict=True):
+            _check_format(name, format)
+            object.__setattr__(self, name, format)
         if self.params not in (FP32, self.compute):
             raise ValueError(
                 f"params={self.params} cannot compute in {self.compute}: a model multiplies in the "
@@ -99,20 +117,24 @@ class Precision:
         params=fp32,compute=bf16,grads=fp32,reduce=fp32
         """
         if "=" not in text:
-            return cls(params=_preset(text.strip()))
-        chosen: dict[str, Format] = {}
+            preset = text.strip()
+            return cls(params=_preset(preset), recipe="adaptive" if preset == "fp8" else None)
+        chosen: dict[str, str] = {}
         known = [field.name for field in fields(cls)]
         for pair in text.split(","):
             name, _, value = (part.strip() for part in pair.partition("="))
             if name not in known or name in chosen:
                 fault = "given twice" if name in chosen else f"not one of {', '.join(known)}"
                 raise ValueError(f"field {name!r} in precision {text!r} is {fault}")
-            chosen[name] = formats.by_name(value)
+            chosen[name] = value
+        recipe = chosen.pop("recipe", None)
+        given = {name: formats.by_name(value) for name, value in chosen.items()}
         return cls(
-            params=chosen.get("params"),
-            compute=chosen.get("compute"),
-            grads=chosen.get("grads"),
-            reduce=chosen.get("reduce"),
+            params=given.get("params"),
+            compute=given.get("compute"),
+            grads=given.get("grads"),
+            reduce=given.get("reduce"),
+            recipe=recipe,
         )
 
     @property
@@ -120,16 +142,69 @@ class Precision:
         """Whether gradients can fall below the range of `compute`: true for five exponent bits."""
         return self.compute.exponent_bits < FP32.exponent_bits
 
-    def convert(self, model: nn.Module, *, keep_fp32: Sequence[str] = (NORMS,)) -> Report:
-        """Cast `model` in place, as `cast_model` does, and say what was done to each module.
+    def convert(
+        self,
+        model: nn.Module,
+        *,
+        keep_fp32: Sequence[str] = (NORMS,),
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = float8.EXCLUDED,
+        overrides: Mapping[str, Recipe | str] | None = None,
+        min_dim: int = 1024,
+    ) -> Report | LayerReport:
+        """Cast `model` in place, as `cast_model` does, and run its linear layers by `recipe`.
+
+        A layer that runs in FP8 keeps its parameters, names, hooks and ties; only its class is
+        another, and a state dict shows nothing of it. Convert before `fully_shard`, `parallelize`
+        or DDP, and before `torch.compile`. Patterns are those of `cast_model`.
+
+        Args:
+            keep_fp32: modules that stay in FP32; see `cast_model`.
+            include: layers that may run in FP8; by default all.
+            exclude: layers that stay in 16 bits; by default output layers and routers, by their
+                usual names.
+            overrides: recipes of single layers by pattern, or "bf16" for none; the first that
+                matches decides, before `include`, `exclude` and `min_dim`.
+            min_dim: layers with a smaller size stay in 16 bits, because their casts cost more than
+                their products save.
+
+        Returns:
+            What was done to each module; with a recipe, to each linear layer and why, and the rest
+            in `casts`. Layers with a size that is no multiple of 16 and those whose weight is also
+            an embedding's stay in 16 bits, and the report says so.
+
+        Raises:
+            ValueError: for a pattern that matches nothing, and a model that is converted already.
 
         >>> from torch import nn
         >>> from mixprec import Precision
         >>> print(Precision("bf16").convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))))
         0  Linear     20 parameters  fp32 -> bf16
         1  LayerNorm   8 parameters  fp32 -> fp32  matches '*norm*'
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 3))
+        >>> print(Precision("fp8").convert(model, min_dim=16))
+        0  32 -> 64  adaptive
+        2  64 -> 3   16 bits   out_features=3 is no multiple of 16
+        1 of 2 linear layers in FP8, with 91 % of their weights
+        Emulated: cpu has no FP8 units, so the numbers are the same and no time is saved
         """
-        return conversion.convert(model, self.params, keep_fp32=keep_fp32)
+        if self.recipe is None:
+            _refuse_layer_options(self, include, exclude, overrides, min_dim)
+            return conversion.convert(model, self.params, keep_fp32=keep_fp32)
+        return float8.convert(
+            model,
+            self.recipe,
+            params=self.params,
+            keep_fp32=keep_fp32,
+            include=include,
+            exclude=exclude,
+            overrides=overrides,
+            min_dim=min_dim,
+        )
+
+    def revert(self, model: nn.Module) -> None:
+        """Give every FP8 layer of `model` the class back that it had; casts stay."""
+        float8.revert(model)
 
     def fsdp_policy(self) -> MixedPrecisionPolicy:
         """The `mp_policy` for `torch.distributed.fsdp.fully_shard`.
@@ -166,27 +241,36 @@ class Precision:
             )
         else:
             yield f"Gradients have the range of FP32 in {compute}: no loss scale is needed."
+        if self.recipe is not None:
+            yield (
+                f"Linear layers that convert() names read their operands in 8 bits (recipe "
+                f"{self.recipe}): sum the loss over tokens, so that gradients stay in range."
+            )
         sums = "exact enough for any number of micro-batches"
         if grads != FP32:
             sums = f"which stops growing after {2 ** (grads.mantissa_bits + 1)} equal addends"
         yield f"Micro-batches sum gradients in {grads}, {sums}; ranks sum them in {self.reduce}."
 
     def __str__(self) -> str:
-        return ",".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ",".join(f"{name}={value}" for name, value in held.items() if value is not None)
 
 
 def _preset(name: str) -> Format:
-    if name == "fp8":
-        raise ValueError(
-            "precision 'fp8' is not available yet: matrix products in 8 bits need layers of their "
-            "own. Use Precision('bf16'), which has the range of FP32 and needs no loss scale."
-        )
     if name not in _PRESETS:
         raise ValueError(
             f"unknown precision {name!r}; use one of {', '.join(map(repr, _PRESETS))}, or "
             "Precision.parse('params=bf16,grads=fp32') for single fields"
         )
     return _PRESETS[name]
+
+
+def _refuse_layer_options(precision: Precision, *options: object) -> None:
+    if options != (None, float8.EXCLUDED, None, 1024):
+        raise TypeError(
+            f"include, exclude, overrides and min_dim choose layers for FP8, and precision "
+            f"{str(precision)!r} has no recipe. Use Precision('fp8', recipe='adaptive')."
+        )
 
 
 def _check_format(field: str, format: object) -> None:

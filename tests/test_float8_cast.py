@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixprec.float8_cast import (
+from mixprec.float8.cast import (
     AMAX_BITS,
     FLUSHED,
     NON_FINITE,

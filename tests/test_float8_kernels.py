@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixprec import float8_cast
-from mixprec.float8_cast import (
+from mixprec.float8 import cast as float8_cast
+from mixprec.float8.cast import (
     FLUSHED,
     NON_FINITE,
     NUM_COUNTERS,

@@ -19,7 +19,6 @@ CONCERNS = {
     "mixprec.accumulation",
     "mixprec.loss_scaling",
     "mixprec.masters",
-    "mixprec.precision",
 }
 """Each is useful without the others, so none may reach another, not even through a third."""
 
@@ -102,6 +101,12 @@ def test_no_concern_reaches_another_or_the_optimizer(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_no_operation_reaches_training_or_another(name: str) -> None:
     assert not reached_from(name) & (CONCERNS | OPS | {"mixprec.optimizer"})
+
+
+def test_precision_knows_the_layers_that_it_converts_and_nothing_of_training() -> None:
+    reached = reached_from("mixprec.precision")
+    assert "mixprec.float8" in reached
+    assert not reached & (CONCERNS | {"mixprec.cross_entropy", "mixprec.optimizer"})
 
 
 @pytest.mark.parametrize("name", LIBRARY)

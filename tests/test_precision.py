@@ -54,11 +54,12 @@ def test_a_precision_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fp8", r"precision 'fp8' is not available yet.*Use Precision\('bf16'\)"),
         (
             "int8",
-            r"unknown precision 'int8'; use one of 'fp32', 'bf16', 'fp16', or Precision.parse",
+            r"unknown precision 'int8'; use one of 'fp32', 'bf16', 'fp16', 'fp8', or "
+            r"Precision.parse",
         ),
+        ("params=bf16,recipe=best", r"unknown recipe 'best'; use one of 'static', 'adaptive', "),
         ("grad=fp32", r"field 'grad' .* is not one of params, compute, grads, reduce"),
         ("params=bf16,bf16", r"field 'bf16' in precision 'params=bf16,bf16' is not one of params"),
         ("grads=fp32,grads=bf16", r"field 'grads' .* is given twice"),

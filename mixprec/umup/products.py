@@ -23,7 +23,7 @@ from torch.autograd.function import Function
 
 from mixprec.umup.scaling import Constraint, constrain, scale_bwd, scale_fwd
 
-__all__ = ["conv1d", "conv2d", "linear", "linear_readout", "matmul"]
+__all__ = ["conv1d", "conv2d", "linear", "linear_multipliers", "linear_readout", "matmul"]
 
 
 def linear(
@@ -61,11 +61,16 @@ def linear(
     >>> umup.functional.linear(x, weight, torch.ones(2))  # 4^-1/2 * 4 + 1
     tensor([[3., 3.]])
     """
-    fan_out, fan_in = _fans(x, weight)
+    forward, backward = linear_multipliers(*_fans(x, weight), constraint, multiplier)
+    return _linear(x, weight, bias, forward, backward, float(output_multiplier))
+
+
+def linear_multipliers(
+    fan_out: int, fan_in: int, constraint: Constraint | None, multiplier: float
+) -> tuple[float, float]:
+    """What `linear` multiplies `x @ weight.T` and its input gradient by."""
     forward, backward = constrain(constraint, fan_in**-0.5, fan_out**-0.5)
-    return _linear(
-        x, weight, bias, multiplier * forward, multiplier * backward, float(output_multiplier)
-    )
+    return multiplier * forward, multiplier * backward
 
 
 def linear_readout(

@@ -115,7 +115,7 @@ def cast_scaled(
     x = _checked("cast_scaled", x, format)
     by_row, by_col = _empty(x, format, rows, cols) if out is None else out
     if _by_kernel(x):
-        from mixprec import float8_kernels as kernels
+        from mixprec.float8 import cast_kernels as kernels
 
         factor = kernels.cast_scaled_(x, by_row, by_col, format, scale, counters)
         return Operand8(by_row, by_col, factor, factor)
@@ -155,7 +155,7 @@ def cast_tensorwise(
     x = _checked("cast_tensorwise", x, format)
     by_row, by_col = _empty(x, format, rows, cols)
     if _by_kernel(x):
-        from mixprec import float8_kernels as kernels
+        from mixprec.float8 import cast_kernels as kernels
 
         factor = kernels.cast_tensorwise_(x, by_row, by_col, format, counters, power_of_two)
         return Operand8(by_row, by_col, factor, factor)
@@ -196,7 +196,7 @@ def cast_rowwise(
     x = _checked("cast_rowwise", x, format)
     by_row, by_col = _empty(x, format, rows, cols)
     if _by_kernel(x) and (rows or cols):
-        from mixprec import float8_kernels as kernels
+        from mixprec.float8 import cast_kernels as kernels
 
         factors = kernels.cast_rowwise_(x, by_row, by_col, format, counters, power_of_two)
         return Operand8(by_row, by_col, *factors)

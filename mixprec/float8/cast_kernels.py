@@ -1,7 +1,7 @@
 # pyright: basic, reportMissingImports=false, reportIndexIssue=false
 """Triton kernels of the FP8 casts: one reading of a matrix, up to two orientations written.
 
-`float8_cast.py` has the rules, and the same in plain torch. A program takes a tile, multiplies and
+`cast.py` has the rules, and the same in plain torch. A program takes a tile, multiplies and
 rounds it in registers, and stores it by rows and, turned in shared memory, by columns; both stores
 are 16 bytes wide. For each 16-bit value 4 bytes move, which leaves time for some 25 instructions,
 half as many where they are integer ones:
@@ -40,7 +40,7 @@ _AMAX_BLOCK, _AMAX_BLOCKS = 8192, 4
 _AMAX_TILE = {"BLOCK_R": 32, "BLOCK_C": 256, "TILES": 8, "num_warps": 8}
 """A program takes so many tiles below each other."""
 
-# EXPONENT is that of the largest value, FITS is `float8_cast.largest_that_fits`, and FLUSHED half
+# EXPONENT is that of the largest value, FITS is `cast.largest_that_fits`, and FLUSHED half
 # the smallest value, which ties to 0.
 _FORMATS: dict[str, dict[str, Any]] = {
     "e4m3": {"MAX": 448.0, "EXPONENT": 8, "FITS": 464.0, "FLUSHED": 2.0**-10},

@@ -1,0 +1,18 @@
+"""Linear layers whose matrix products run in FP8."""
+
+from mixprec.float8.conversion import EXCLUDED, LayerReport, convert, revert
+from mixprec.float8.linear import Float8Linear
+from mixprec.float8.products import has_units
+from mixprec.float8.recipe import Cast, Recipe, by_name
+
+__all__ = [
+    "EXCLUDED",
+    "Cast",
+    "Float8Linear",
+    "LayerReport",
+    "Recipe",
+    "by_name",
+    "convert",
+    "has_units",
+    "revert",
+]

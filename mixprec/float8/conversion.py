@@ -1,0 +1,282 @@
+"""Turning the linear layers of a model into FP8 ones, and back.
+
+Only the class of a module changes, and one attribute is added that no state dict shows: parameters,
+names, hooks and ties stay. Whatever can go wrong with a shape goes wrong here, or becomes a line of
+the report that says why a layer stays in 16 bits; nothing waits for a backward pass to fail.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from mixprec import formats
+from mixprec.conversion import NORMS, Report, matches
+from mixprec.conversion import convert as cast
+from mixprec.float8.linear import Float8Layer, Float8Linear, Float8State
+from mixprec.float8.products import ALIGNMENT, has_units
+from mixprec.float8.recipe import Recipe, by_name
+from mixprec.formats import Format
+
+_STAYS = "16 bits"
+
+__all__ = ["EXCLUDED", "Layer", "LayerReport", "convert", "float8_layers", "revert"]
+
+EXCLUDED = ("lm_head", "head", "*router*", "*readout*", "*classifier*")
+"""Output layers and routers: a small error there changes a choice, not one addend of many."""
+
+_16_BITS = ("bf16", "fp16", "fp32")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What became of one linear layer."""
+
+    name: str
+    in_features: int
+    out_features: int
+    runs_in: str
+    """The recipe, or "16 bits"."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One `Layer` for each linear layer of a model; printed as a table with a last line of sums."""
+
+    layers: tuple[Layer, ...]
+    casts: Report | None = None
+    """What became of the format of each module's parameters."""
+    emulated_on: str | None = None
+    """The type of the model's device, if that has no FP8 units."""
+
+    @property
+    def converted(self) -> tuple[str, ...]:
+        """Names of the layers that run in FP8."""
+        return tuple(layer.name for layer in self.layers if layer.runs_in != _STAYS)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no linear layers"
+        sizes = [f"{layer.in_features} -> {layer.out_features}" for layer in self.layers]
+        name = max(len(layer.name) for layer in self.layers)
+        runs_in = max(len(layer.runs_in) for layer in self.layers)
+        lines = [
+            f"{layer.name:{name}}  {size:{max(map(len, sizes))}}  {layer.runs_in:{runs_in}}  "
+            f"{layer.reason}".rstrip()
+            for layer, size in zip(self.layers, sizes, strict=True)
+        ]
+        weights = [layer.in_features * layer.out_features for layer in self.layers]
+        in_fp8 = sum(
+            number
+            for layer, number in zip(self.layers, weights, strict=True)
+            if layer.runs_in != _STAYS
+        )
+        share = 100 * in_fp8 / max(sum(weights), 1)
+        lines.append(
+            f"{len(self.converted)} of {len(self.layers)} linear layers in FP8, with {share:.0f} % "
+            "of their weights"
+        )
+        if self.converted and self.emulated_on:
+            lines.append(
+                f"Emulated: {self.emulated_on} has no FP8 units, so the numbers are the same and "
+                "no time is saved"
+            )
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    recipe: Recipe | str,
+    *,
+    params: Format = formats.BF16,
+    keep_fp32: Sequence[str] = (NORMS,),
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = EXCLUDED,
+    overrides: Mapping[str, Recipe | str] | None = None,
+    min_dim: int = 1024,
+) -> LayerReport:
+    """Cast `model` to `params` and run its linear layers by `recipe`. See `Precision.convert`.
+
+    >>> from mixprec import float8
+    >>> model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 10))
+    >>> print(float8.convert(model, "static", min_dim=16))
+    0  64 -> 32  static
+    2  32 -> 10  16 bits  out_features=10 is no multiple of 16
+    1 of 2 linear layers in FP8, with 86 % of their weights
+    Emulated: cpu has no FP8 units, so the numbers are the same and no time is saved
+    """
+    recipe = by_name(recipe)
+    chosen = {pattern: _override(pattern, value) for pattern, value in (overrides or {}).items()}
+    _check_patterns(model, include, exclude, chosen)
+    _refuse_converted(model)
+    casts = cast(model, params, keep_fp32=keep_fp32)
+    layers: list[Layer] = []
+    plans: list[tuple[nn.Linear, Recipe]] = []
+    others = _owners_that_are_no_linear(model)
+    for name, module in _linears(model):
+        plan, reason = _asked_for(name, module, recipe, include, exclude, chosen)
+        obstacle = _obstacle(module, others, params)
+        if not obstacle and not reason:
+            obstacle = _too_small(module, min_dim)
+        if plan is not None and obstacle:
+            plan, reason = None, obstacle
+        if plan is not None:
+            plans.append((module, plan))
+        runs_in = _STAYS if plan is None else str(plan)
+        layers.append(Layer(name, module.in_features, module.out_features, runs_in, reason))
+    for module, plan in plans:
+        module._float8 = Float8State(plan, module.weight)  # pyright: ignore[reportArgumentType]
+        module.__class__ = _float8_class(type(module))  # pyright: ignore[reportAttributeAccessIssue]
+    return LayerReport(tuple(layers), casts, _without_units(module for module, _ in plans))
+
+
+def revert(model: nn.Module) -> None:
+    """Give every FP8 layer of `model` back the class it had.
+
+    >>> from mixprec import float8
+    >>> model = nn.Sequential(nn.Linear(64, 32))
+    >>> _ = float8.convert(model, "static", min_dim=16)
+    >>> float8.revert(model)
+    >>> model
+    Sequential(
+      (0): Linear(in_features=64, out_features=32, bias=True)
+    )
+    """
+    for _, module in list(float8_layers(model)):
+        module.__class__ = module.reverts_to  # pyright: ignore[reportAttributeAccessIssue]
+        del module._float8
+
+
+def float8_layers(model: nn.Module) -> Iterator[tuple[str, Float8Layer]]:
+    """Name and module of every layer that runs in FP8."""
+    for name, module in model.named_modules():
+        if isinstance(module, Float8Layer):
+            yield name, module
+
+
+# ------------------------------------------------------------------ which layers
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name or "(model)", module
+
+
+def _float8_class(kind: type[nn.Linear]) -> type[nn.Linear] | None:
+    """What a layer of exactly this class becomes; a subclass may compute anything."""
+    from mixprec.float8.unit_linear import Float8UnitLinear
+    from mixprec.umup import layers
+
+    return {nn.Linear: Float8Linear, layers.Linear: Float8UnitLinear}.get(kind)
+
+
+def _asked_for(
+    name: str,
+    module: nn.Linear,
+    recipe: Recipe,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    overrides: Mapping[str, Recipe | None],
+) -> tuple[Recipe | None, str]:
+    """The recipe that the caller wants for a layer, and why it is not the usual one."""
+    for pattern, plan in overrides.items():
+        if matches(pattern, name, module):
+            return plan, f"override {pattern!r}"
+    for pattern in exclude:
+        if matches(pattern, name, module):
+            return None, f"excluded by {pattern!r}"
+    if include is not None and not any(matches(pattern, name, module) for pattern in include):
+        return None, "not in include"
+    return recipe, ""
+
+
+def _too_small(module: nn.Linear, min_dim: int) -> str:
+    smallest = min(module.in_features, module.out_features)
+    if smallest >= min_dim:
+        return ""
+    return f"a size of {smallest} is below min_dim={min_dim}, where FP8 gains no time"
+
+
+def _obstacle(module: nn.Linear, others: Mapping[int, str], params: Format) -> str:
+    """Why a layer cannot run in FP8 whatever is asked for, or nothing."""
+    kind, weight = type(module), module.weight
+    if "weight" not in module._parameters:
+        return "its weight is computed, not a parameter"
+    if _float8_class(kind) is None:
+        return f"is a {kind.__name__}, which may have a forward of its own"
+    for size in ("in_features", "out_features"):
+        if getattr(module, size) % ALIGNMENT:
+            return f"{size}={getattr(module, size)} is no multiple of {ALIGNMENT}"
+    if weight.dtype != params.dtype:
+        return f"its weight is kept in {formats.by_dtype(weight.dtype)}"
+    if id(weight) in others:
+        return f"its weight is also that of {others[id(weight)]!r}"
+    return ""
+
+
+def _owners_that_are_no_linear(model: nn.Module) -> dict[int, str]:
+    """Names of the modules that read a parameter and are no linear layers, by its identity."""
+    return {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Linear)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _without_units(modules: Iterable[nn.Linear]) -> str | None:
+    for module in modules:
+        if not has_units(module.weight.device):
+            return module.weight.device.type
+    return None
+
+
+# ------------------------------------------------------------------ bad input
+
+
+def _override(pattern: str, value: Recipe | str) -> Recipe | None:
+    """The recipe of an override; None for a layer that stays as it is."""
+    if isinstance(value, str) and value in _16_BITS:
+        return None
+    try:
+        return by_name(value)
+    except ValueError as error:
+        raise ValueError(
+            f"overrides[{pattern!r}]: {error}; 'bf16' leaves a layer as it is"
+        ) from None
+
+
+def _check_patterns(
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str],
+    overrides: Mapping[str, Recipe | None],
+) -> None:
+    linears = list(_linears(model))
+    given = {"include": include or (), "exclude": exclude, "overrides": tuple(overrides)}
+    for option, patterns in given.items():
+        if isinstance(patterns, str):
+            raise TypeError(f"{option} is a sequence of patterns; write {option}=({patterns!r},)")
+        for pattern in patterns:
+            if pattern in EXCLUDED and option == "exclude":
+                continue
+            if not any(matches(pattern, name, module) for name, module in linears):
+                names = [name for name, _ in linears]
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or ["none"]
+                raise ValueError(
+                    f"{option} pattern {pattern!r} matches no linear layer, so it would do "
+                    f"nothing. Layers with similar names: {', '.join(near)}"
+                )
+
+
+def _refuse_converted(model: nn.Module) -> None:
+    for name, module in float8_layers(model):
+        raise ValueError(
+            f"{name or 'the model'!r} runs in FP8 already, by recipe {module._float8.recipe}. Call "
+            "Precision.revert(model) first, to convert by another recipe."
+        )

@@ -1,0 +1,285 @@
+"""A linear layer whose matrix products run in FP8, forward and backward.
+
+    output      = (x8 @ W8.T) / (sx sW) + bias
+    grad_input  = (dY8 @ W8) / (sdY sW)
+    grad_weight = (dY8.T @ x8) / (sdY sx)
+
+x is cast once, to x8 and its transpose, and kept for the backward pass as the transpose, in one
+byte a value. dY is cast once too, for both of its products. Factors are powers of two or belong to
+whole rows, and they multiply in the product itself. Tokens are padded to a multiple of 16 with
+zeros, which add nothing to a sum.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import Function
+
+from mixprec.float8.cast import Operand8
+from mixprec.float8.operand import Operand
+from mixprec.float8.products import scaled_product
+from mixprec.float8.recipe import OPERANDS, Recipe
+from mixprec.float8.weight import CachedWeight
+
+__all__ = ["Float8Layer", "Float8Linear", "Float8State", "float8_linear"]
+
+
+class Float8Layer(nn.Linear):
+    """What layers of both kinds share: the state of their casts, which no state dict shows."""
+
+    reverts_to: ClassVar[type[nn.Linear]]
+    _float8: Float8State
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Float8Layer:
+        super()._apply(fn, recurse)
+        self._float8.weight.allocate(self.weight)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, float8={self._float8.recipe}"
+
+
+class Float8Linear(Float8Layer):
+    """`nn.Linear` in FP8. Made by `Precision("fp8").convert(model)`, not by a constructor."""
+
+    reverts_to = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        return float8_linear(input, self.weight, self.bias, self._float8)
+
+
+class Float8State:
+    """What a layer holds to cast its three operands."""
+
+    def __init__(self, recipe: Recipe, weight: Tensor) -> None:
+        self.recipe = recipe
+        device = torch.device("cpu") if weight.is_meta else weight.device
+        make = [Operand(getattr(recipe, name), device, inline=recipe.inline) for name in OPERANDS]
+        self.input, _, self.grad_output = make
+        self.weight = CachedWeight(make[1], weight)
+
+    def operands(self) -> dict[str, Operand]:
+        """The three operands by name."""
+        return {
+            "input": self.input,
+            "weight": self.weight.operand,
+            "grad_output": self.grad_output,
+        }
+
+
+class Multipliers(NamedTuple):
+    """Constants in the products, all 1 in a plain layer."""
+
+    output: float = 1.0
+    grad_input: float = 1.0
+    bias: float = 1.0
+
+
+_NO_MULTIPLIERS = Multipliers()
+
+
+def float8_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Float8State,
+    multipliers: Multipliers = _NO_MULTIPLIERS,
+) -> Tensor:
+    """`F.linear(input, weight, bias)` by the recipe of `state`.
+
+    Args:
+        input: `[..., in_features]`, BF16, FP16 or FP32; any number of tokens, or none.
+        weight: `[out_features, in_features]`, both multiples of 16, of the dtype of `input` unless
+            autocast is on.
+        bias: `[out_features]`, of the dtype of `weight`.
+
+    Returns:
+        `[..., out_features]` in the dtype of `input`, or in that of autocast.
+
+    Raises:
+        TypeError: for an input of another dtype.
+    """
+    dtype = _dtype_of_output(input, weight)
+    matrix = input.reshape(-1, input.shape[-1])
+    for_weight = torch.is_grad_enabled() and weight.requires_grad
+    products = state.recipe.products
+    with torch.no_grad():
+        x8 = _cast_input(
+            state,
+            input,
+            matrix,
+            rows="output" in products,
+            cols=for_weight and "grad_weight" in products,
+        )
+        w8 = state.weight(weight, multipliers.output, multipliers.grad_input)
+    dy = state.grad_output
+    if not torch.compiler.is_compiling():
+        dy.move_to(input.device)
+    output: Tensor = _Float8Linear.apply(
+        matrix, weight, bias, *_once(x8), *w8, dy.scale, dy.counters, state, multipliers, dtype
+    )
+    return output.view(*input.shape[:-1], weight.shape[0])
+
+
+def _once(operand: Operand8) -> Operand8:
+    """Without the same tensor twice, which the compiler does not take."""
+    one = operand.col_scale is operand.row_scale
+    return operand._replace(col_scale=None) if one else operand
+
+
+class _Float8Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        x_rows: Tensor | None,
+        x_cols: Tensor | None,
+        x_row_scale: Tensor,
+        x_col_scale: Tensor | None,
+        w_rows: Tensor,
+        w_cols: Tensor,
+        w_row_scale: Tensor,
+        w_col_scale: Tensor,
+        dy_scale: Tensor,
+        dy_counters: Tensor,
+        state: Float8State,
+        multipliers: Multipliers,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        products = state.recipe.products
+        ctx.save_for_backward(
+            x_cols if "grad_weight" in products else x,
+            x_row_scale if x_col_scale is None else x_col_scale,
+            w_cols if "grad_input" in products else weight,
+            w_col_scale,
+            # Only the compiler needs them here. Autograd would not let the exponent move before
+            # the backward pass, and dY may well be cast by the newest.
+            *((dy_scale, dy_counters) if torch.compiler.is_compiling() else ()),
+        )
+        ctx.state, ctx.multipliers = state, multipliers
+        ctx.dtypes = x.dtype, _dtype_of_gradient(weight), None if bias is None else bias.dtype
+        if bias is not None:
+            bias = bias.to(dtype)
+            bias = bias if multipliers.bias == 1 else bias * multipliers.bias
+        if x_rows is None:
+            return _in_16_bits(x.to(dtype), weight.to(dtype).t(), multipliers.output, bias)
+        fast = "output" in state.recipe.fast_accumulation
+        return scaled_product(x_rows, w_rows, x_row_scale, w_row_scale, bias, dtype, fast)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            _refuse_second_derivative()
+        x, x_scale, w, w_scale, *counted = ctx.saved_tensors
+        state: Float8State = ctx.state
+        products, fast = state.recipe.products, state.recipe.fast_accumulation
+        for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        dy, dx, dweight, dbias = grads[0], None, None, None
+        wanted = {
+            "rows": for_x and "grad_input" in products,
+            "cols": for_weight and "grad_weight" in products,
+        }
+        cast = state.grad_output.traced if compiling else state.grad_output
+        dy8 = cast(dy, *counted, **wanted)
+        if dy8.rows is not None:
+            dx = scaled_product(
+                dy8.rows, w, dy8.row_scale, w_scale, None, x_dtype, "grad_input" in fast
+            )
+        elif for_x:
+            dx = _in_16_bits(dy, w.to(dy.dtype), ctx.multipliers.grad_input, None).to(x_dtype)
+        if dy8.cols is not None:
+            dweight = scaled_product(
+                dy8.cols, x, dy8.col_scale, x_scale, None, weight_dtype, "grad_weight" in fast
+            )
+        elif for_weight:
+            dweight = (dy.t() @ x.to(dy.dtype)).to(weight_dtype)
+        if for_bias:
+            dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+        return dx, dweight, dbias, *[None] * 13
+
+
+def _in_16_bits(left: Tensor, right: Tensor, alpha: float, bias: Tensor | None) -> Tensor:
+    """A product that the recipe leaves as it is."""
+    product = left @ right
+    product = product if alpha == 1 else product * alpha
+    return product if bias is None else product + bias
+
+
+def _dtype_of_output(input: Tensor, weight: Tensor) -> torch.dtype:
+    device = input.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if input.dtype != weight.dtype:
+        raise TypeError(
+            f"input is {input.dtype} but weight is {weight.dtype}. A Float8Linear casts both to 8 "
+            f"bits itself, and returns the dtype of its input: give it input.to({weight.dtype}), "
+            "or turn on torch.autocast"
+        )
+    return input.dtype
+
+
+def _dtype_of_gradient(weight: Tensor) -> torch.dtype:
+    """FP32 for a 16-bit weight whose gradients are summed in it: the product knows more digits."""
+    if torch.compiler.is_compiling() or not weight.is_leaf:
+        return weight.dtype
+    return getattr(weight, "grad_dtype", None) or weight.dtype
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a Float8Linear has no second derivative, and create_graph=True asks for one. Revert "
+            "its model with Precision.revert for a loss that needs it."
+        )
+
+
+# ------------------------------------------------------------------ one cast for siblings
+
+
+class _LastCast(NamedTuple):
+    tensor: weakref.ref[Tensor]
+    version: int
+    operand: Operand
+    made: Operand8
+
+
+_last: list[_LastCast] = []
+
+
+def _cast_input(
+    state: Float8State, input: Tensor, matrix: Tensor, *, rows: bool, cols: bool
+) -> Operand8:
+    """`matrix`, a view of `input`, in FP8: as a sibling has just cast it, if one has."""
+    if torch.compiler.is_compiling() or input.is_inference():
+        return state.input(matrix, rows=rows, cols=cols)
+    if _last and _last[0].tensor() is input and _last[0].version == input._version:
+        operand, made = _last[0].operand, _last[0].made
+        if _siblings(state, operand) and not (rows and made.rows is None):
+            if not (cols and made.cols is None):
+                return made
+    made = state.input(matrix, rows=rows, cols=cols)
+    _last[:] = [_LastCast(weakref.ref(input), input._version, state.input, made)]
+    return made
+
+
+def _siblings(state: Float8State, operand: Operand) -> bool:
+    """Whether `operand` casts as that of `state`; in a first step, adaptive ones become one."""
+    own = state.input
+    if own is operand:
+        return True
+    if own.cast != operand.cast:
+        return False
+    if own.cast.scaling != "adaptive":
+        return True
+    if own.settled or operand.settled:
+        return False
+    state.input = operand
+    return True

@@ -1,0 +1,174 @@
+"""One operand of one layer: how it is cast, its multiplier, and what its casts have lost.
+
+The multiplier and the counters live on the device. An exponent may move between two steps without
+a recompilation or another capture of a CUDA graph, and nothing waits for the device to know it.
+
+Under `torch.compile` a cast is one registered operator, which the compiler leaves as it is, or, on
+demand and with a static exponent, plain operations that it may fuse with what comes before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixprec import formats
+from mixprec.float8.cast import (
+    NUM_COUNTERS,
+    Operand8,
+    cast_rowwise,
+    cast_scaled,
+    cast_tensorwise,
+)
+from mixprec.float8.exponents import follow, scale_for
+from mixprec.float8.products import ALIGNMENT
+from mixprec.float8.recipe import Cast
+
+__all__ = ["Operand", "cast_as"]
+
+
+class Operand:
+    """Casts matrices as `cast` says and counts what that did.
+
+    Args:
+        cast: format and scaling.
+        device: of the matrices to come; what this holds moves along if they come from another.
+        inline: a static cast under `torch.compile` is made of plain operations, and not counted.
+    """
+
+    def __init__(self, cast: Cast, device: torch.device, *, inline: bool = False) -> None:
+        self.cast = cast
+        self.inline = inline and cast.scaling == "static"
+        self.scale = torch.tensor([2.0**cast.exponent, 2.0**-cast.exponent], device=device)
+        """FP32: the multiplier and its inverse; unused where each matrix has its own."""
+        self.counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=device)
+        """Of the step in progress."""
+        self.last = torch.zeros_like(self.counters)
+        """Of the last step that cast anything."""
+        self.slack_steps = torch.zeros((), dtype=torch.int32, device=device)
+        """For how many steps in a row the exponent has left range unused."""
+        self.fitted = False
+        """Whether the exponent was fitted to a matrix."""
+        self.settled = cast.scaling != "adaptive"
+        """Whether it stays from one matrix to the next: from the first step on."""
+        follow(self)
+
+    def __call__(self, x: Tensor, *, rows: bool = True, cols: bool = True) -> Operand8:
+        """The matrix `x` in FP8, in the orientations asked for."""
+        if torch.compiler.is_compiling():
+            return self.traced(x, self.scale, self.counters, rows=rows, cols=cols)
+        self.move_to(x.device)
+        self.settle(x)
+        return cast_as(self.cast, x, self.scale, self.counters, rows, cols)
+
+    def settle(self, x: Tensor) -> None:
+        """Fit the exponent to `x`, as long as no step has shown what to expect."""
+        if not self.settled and x.numel():
+            self.scale.copy_(scale_for(x.abs().amax().float(), self.cast.format))
+            self.fitted = True
+
+    def move_to(self, device: torch.device) -> None:
+        """Hold everything on `device`."""
+        if self.scale.device != device:
+            for name in ("scale", "counters", "last", "slack_steps"):
+                setattr(self, name, getattr(self, name).to(device))
+
+    def traced(
+        self, x: Tensor, scale: Tensor, counters: Tensor, *, rows: bool, cols: bool
+    ) -> Operand8:
+        """What a call does under `torch.compile`, where a backward pass is handed its tensors."""
+        plan = self.cast
+        if self.inline:
+            return _inlined(x, plan, rows, cols)
+        options = plan.format.name, plan.scaling, plan.power_of_two
+        by_row, by_col, row_scale, col_scale = _cast(x, *options, scale, counters, rows, cols)
+        return Operand8(
+            by_row if rows else None,
+            by_col if cols else None,
+            row_scale,
+            col_scale if plan.scaling == "rowwise" else row_scale,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        follow(self)
+
+
+def cast_as(
+    plan: Cast, x: Tensor, scale: Tensor, counters: Tensor, rows: bool, cols: bool
+) -> Operand8:
+    """`x` cast as `plan` says; `scale` is read if the plan has an exponent."""
+    format, pow2 = plan.format, plan.power_of_two
+    if plan.has_exponent:
+        return cast_scaled(x, format, scale, counters, rows=rows, cols=cols)
+    dynamic = cast_rowwise if plan.scaling == "rowwise" else cast_tensorwise
+    return dynamic(x, format, counters, power_of_two=pow2, rows=rows, cols=cols)
+
+
+# ------------------------------------------------------------------ under torch.compile
+
+
+@torch.library.custom_op("mixprec::float8_cast", mutates_args=("counters",))
+def _cast(
+    x: Tensor,
+    format: str,
+    scaling: str,
+    power_of_two: bool,
+    scale: Tensor,
+    counters: Tensor,
+    rows: bool,
+    cols: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`cast_as` for the compiler: what is not wanted is empty, and no output comes twice."""
+    plan = Cast(formats.by_name(format), scaling, power_of_two=power_of_two)  # pyright: ignore[reportArgumentType]
+    by_row, by_col, row_scale, col_scale = cast_as(plan, x, scale, counters, rows, cols)
+    return (
+        x.new_empty(0, dtype=plan.format.dtype) if by_row is None else by_row,
+        x.new_empty(0, dtype=plan.format.dtype) if by_col is None else by_col,
+        row_scale,
+        scale.new_empty(0) if col_scale is row_scale else col_scale,
+    )
+
+
+@_cast.register_fake
+def _(
+    x: Tensor,
+    format: str,
+    scaling: str,
+    power_of_two: bool,
+    scale: Tensor,
+    counters: Tensor,
+    rows: bool,
+    cols: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = formats.by_name(format).dtype
+    num_rows, num_cols = x.shape
+    padded = (num_rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    rowwise = scaling == "rowwise"
+    one = () if scaling == "tensorwise" else (1,)
+    return (
+        x.new_empty((num_rows, num_cols) if rows else (0,), dtype=dtype),
+        x.new_empty((num_cols, padded) if cols else (0,), dtype=dtype),
+        scale.new_empty((num_rows if rows else 0, 1) if rowwise else one),
+        scale.new_empty((num_cols if cols else 0, 1) if rowwise else (0,)),
+    )
+
+
+def _inlined(x: Tensor, plan: Cast, rows: bool, cols: bool) -> Operand8:
+    """`cast_scaled` in plain operations."""
+    factor = torch.full((1,), 2.0**-plan.exponent, dtype=torch.float32, device=x.device)
+    by_row = _codes(x, plan) if rows else None
+    by_col = None
+    if cols:
+        excess = -x.shape[0] % ALIGNMENT
+        by_col = _codes(F.pad(x, (0, 0, 0, excess)), plan).t().contiguous()
+    return Operand8(by_row, by_col, factor, factor)
+
+
+def _codes(x: Tensor, plan: Cast) -> Tensor:
+    largest = plan.format.max
+    scaled = (x.float() * 2.0**plan.exponent).clamp(-largest, largest)
+    return torch.where(x.isfinite(), scaled, float("nan")).to(plan.format.dtype)

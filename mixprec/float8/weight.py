@@ -1,0 +1,163 @@
+"""A weight in FP8, with its transpose, cast once for as long as it does not change.
+
+Between two optimizer steps a weight is read by every micro-batch, forward and backward, and again
+by recomputation. The cast is kept until the weight is another tensor, was written in place (its
+version counter tells), or was in an optimizer that stepped (which also finds steps that write past
+the counter, through `.data`). While a CUDA graph is captured it is cast, so that replays cast too.
+
+The price is two bytes a parameter. Constant factors of the layer's products are folded into the
+scales of its weight, where they cost nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixprec import formats
+from mixprec.float8.cast import Operand8, cast_scaled
+from mixprec.float8.exponents import follow_weight
+from mixprec.float8.operand import Operand, cast_as
+from mixprec.float8.recipe import Cast
+
+__all__ = ["CachedWeight"]
+
+
+class CachedWeight:
+    """The FP8 copies of one weight `[out_features, in_features]`, and what they were made of.
+
+    Args:
+        operand: how to cast it.
+        weight: decides shape and device; nothing is cast yet.
+    """
+
+    def __init__(self, operand: Operand, weight: Tensor) -> None:
+        self.operand = operand
+        self.held: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._made_of: tuple[Any, ...] | None = None
+        self.allocate(weight)
+        if not weight.is_meta:
+            operand.settle(weight.detach())
+
+    def allocate(self, weight: Tensor) -> None:
+        """Memory for the copies on the device of `weight`, which may be new."""
+        self.forget()
+        self.held = None
+        if weight.is_meta:
+            return
+        self.operand.move_to(weight.device)
+        fp8, device = self.operand.cast.format.dtype, weight.device
+        out_features, in_features = weight.shape
+        scales = ((out_features, 1), (in_features, 1)), ((1,), (1,))
+        for_rows, for_cols = scales[self.operand.cast.scaling != "rowwise"]
+        # Scales are tensors of their own: a product takes none that is not aligned to 16 bytes.
+        self.held = (
+            torch.empty(out_features, in_features, dtype=fp8, device=device),
+            torch.empty(in_features, out_features, dtype=fp8, device=device),
+            torch.empty(for_rows, dtype=torch.float32, device=device),
+            torch.empty(for_cols, dtype=torch.float32, device=device),
+        )
+        _at_address[self.held[2].data_ptr()] = self
+        follow_weight(self)
+
+    def __call__(self, weight: Tensor, output: float, grad_input: float) -> Operand8:
+        """The copies of `weight`, scaled for the products output and grad_input."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (self.held is None or self.held[2].device != weight.device):
+            self.allocate(weight)
+        if self.held is None:
+            return _scaled(self.operand(weight), output, grad_input)
+        operand, held = self.operand, self.held
+        plan = operand.cast.format.name, operand.cast.scaling, operand.cast.power_of_two
+        refresh = _refresh_op if compiling else _refresh
+        refresh(weight, *held, *plan, operand.scale, operand.counters, output, grad_input)
+        return Operand8(*held)
+
+    def is_made_of(self, weight: Tensor, output: float, grad_input: float) -> bool:
+        """Whether the copies are those of `weight` as it is now."""
+        if self._made_of is None or _is_captured(weight):
+            return False
+        made_of, *rest = self._made_of
+        return made_of() is weight and rest == _signs(weight, output, grad_input)
+
+    def note(self, weight: Tensor, output: float, grad_input: float) -> None:
+        """The copies were made of `weight` just now."""
+        self.forget()
+        if not _is_captured(weight):
+            self._made_of = (weakref.ref(weight), *_signs(weight, output, grad_input))
+
+    def forget(self) -> None:
+        """Cast anew at the next use."""
+        self._made_of = None
+
+    def forget_if_of(self, identities: set[int]) -> None:
+        """Cast anew if made of one of the tensors of these `id`s."""
+        if self._made_of is not None and id(self._made_of[0]()) in identities:
+            self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"operand": self.operand}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.operand = state["operand"]
+        self.held = self._made_of = None
+
+
+_at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueDictionary()
+"""Who owns the copies, by where their scale lies; an operator is given nothing but tensors."""
+
+
+def _signs(weight: Tensor, output: float, grad_input: float) -> list[Any]:
+    return [weight.data_ptr(), weight._version, output, grad_input]
+
+
+def _is_captured(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _scaled(operand: Operand8, output: float, grad_input: float) -> Operand8:
+    rows, cols, row_scale, col_scale = operand
+    return Operand8(rows, cols, row_scale * output, col_scale * grad_input)
+
+
+def _refresh(
+    weight: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    row_scale: Tensor,
+    col_scale: Tensor,
+    format: str,
+    scaling: str,
+    power_of_two: bool,
+    scale: Tensor,
+    counters: Tensor,
+    output: float,
+    grad_input: float,
+) -> None:
+    """Write the copies of `weight` unless they are there."""
+    owner = _at_address.get(row_scale.data_ptr())
+    if owner is not None and owner.is_made_of(weight, output, grad_input):
+        return
+    plan = Cast(formats.by_name(format), scaling, power_of_two=power_of_two)  # pyright: ignore[reportArgumentType]
+    if plan.has_exponent:
+        made = cast_scaled(weight, plan.format, scale, counters, out=(rows, cols))
+    else:
+        made = cast_as(plan, weight, scale, counters, True, True)
+        rows.copy_(made.rows)  # pyright: ignore[reportArgumentType]
+        cols.copy_(made.cols)  # pyright: ignore[reportArgumentType]
+    torch.mul(made.row_scale.view_as(row_scale), output, out=row_scale)
+    torch.mul(made.col_scale.view_as(col_scale), grad_input, out=col_scale)
+    # A kernel writes without telling autograd, which would then go backward with other bytes.
+    torch.autograd.graph.increment_version((rows, cols))
+    if owner is not None:
+        owner.note(weight, output, grad_input)
+
+
+_refresh_op = torch.library.custom_op(
+    "mixprec::float8_weight",
+    _refresh,
+    mutates_args=("rows", "cols", "row_scale", "col_scale", "counters"),
+)

@@ -1,0 +1,487 @@
+"""A linear layer in FP8: three products, any input, and nothing of it lost or hidden."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import mixprec
+from mixprec import Precision, formats
+from mixprec.float8 import Float8Linear, Recipe, operand, weight
+from mixprec.float8.recipe import PRODUCTS
+
+RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PARAMS = {torch.bfloat16: formats.BF16, torch.float16: formats.FP16, torch.float32: formats.FP32}
+
+
+def layer(
+    in_features: int = 64,
+    out_features: int = 48,
+    *,
+    recipe: str | Recipe = "static",
+    bias: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Any:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(in_features, out_features, bias))
+    with torch.no_grad():
+        model[0].weight.normal_()
+    precision = Precision("fp8", recipe=recipe, params=PARAMS[dtype])
+    report = precision.convert(model, min_dim=16)
+    assert report.converted == ("0",)  # pyright: ignore[reportAttributeAccessIssue]
+    return model[0]
+
+
+def snr(got: Tensor, exact: Tensor) -> float:
+    """Signal to noise in dB."""
+    error = got.double() - exact
+    return 10 * torch.log10(exact.square().sum() / error.square().sum()).item()
+
+
+def in_fp64(linear: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Output and gradients of input, weight and bias on the same values, without rounding."""
+    held = [t for t in (x, linear.weight, linear.bias) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in held]
+    y = F.linear(exact[0], exact[1], *exact[2:])
+    y.backward(dy.double())
+    grads = [t.grad for t in exact]
+    return [y.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def run(linear: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
+    x = x.detach().requires_grad_()
+    linear.zero_grad()
+    y = linear(x)
+    y.backward(dy)
+    grads = [t.grad for t in (x, *linear.parameters())]
+    return [y.detach(), *(grad for grad in grads if grad is not None)]
+
+
+def operands(
+    *shape: int, width: int = 48, dtype: torch.dtype = torch.bfloat16, seed: int = 1
+) -> Any:
+    torch.manual_seed(1)
+    return torch.randn(*shape).to(dtype), torch.randn(*shape[:-1], width).to(dtype)
+
+
+# ------------------------------------------------------------------ the numbers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_are_as_near_as_8_bits_allow(recipe: str, dtype: torch.dtype, bias: bool) -> None:
+    linear = layer(recipe=recipe, dtype=dtype, bias=bias)
+    x, dy = operands(160, 64, dtype=dtype)
+    got, exact = run(linear, x, dy), in_fp64(linear, x, dy)
+    # Two operands of 3 mantissa bits: 31.5 dB each for a Gaussian, 28.5 dB together; with 2 bits
+    # for dY 24.6 dB. The bias is a plain sum.
+    least = {"rowwise": (28, 28, 28)}.get(recipe, (28, 24, 24))
+    for g, e, db in zip(got, exact, (*least, 45), strict=False):
+        assert g.shape == e.shape
+        assert g.dtype == dtype
+        assert snr(g, e) > db
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_products_of_small_integers_are_exact(recipe: str) -> None:
+    """Every step is exact on them, so an operand taken from the wrong place cannot hide."""
+    linear = layer(recipe=recipe)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randint(-1, 2, linear.weight.shape))
+        linear.weight[:, 0] = linear.weight[0] = 1.0  # the same largest value in each row
+        linear.bias.zero_()
+    x = torch.randint(-1, 2, (37, 64)).bfloat16()
+    dy = torch.randint(-1, 2, (37, 48)).bfloat16()
+    x[:, 0] = x[0] = dy[:, 0] = dy[0] = 1.0
+    if recipe == "tensorwise":  # 448 / 1 is no power of two, so its inverse is rounded
+        x, dy = x * 448, dy * 57344
+        with torch.no_grad():
+            linear.weight.mul_(448)
+    for got, exact in zip(run(linear, x, dy), in_fp64(linear, x, dy), strict=True):
+        torch.testing.assert_close(got, exact.to(got.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rms", [2.0**e for e in range(-8, 9, 4)])
+def test_adaptive_exponents_find_any_scale_and_static_ones_show_their_window(rms: float) -> None:
+    x, dy = operands(160, 64)
+    x, dy = x * rms, dy * rms
+    found: dict[str, list[float]] = {}
+    for recipe in ("static", "adaptive"):
+        linear = layer(recipe=recipe, bias=False)
+        with torch.no_grad():
+            linear.weight.mul_(rms)
+        optimizer = torch.optim.SGD(linear.parameters(), lr=0.0)
+        run(linear, x, dy)
+        optimizer.step()
+        got = run(linear, x, dy)
+        found[recipe] = list(map(snr, got, in_fp64(linear, x, dy)))
+    y, dx, dw = found["adaptive"]
+    assert y > 28 and dx > 24 and dw > 24
+    assert (found["static"][0] > 28) == (rms in (2.0**-4, 1, 2.0**4))
+
+
+def test_a_product_that_the_recipe_leaves_out_has_16_bit_operands() -> None:
+    for products in itertools.combinations(PRODUCTS, 2):
+        fast = tuple(product for product in products if product == "output")
+        linear = layer(recipe=Recipe(products=products, fast_accumulation=fast))
+        x, dy = operands(160, 64)
+        got = run(linear, x, dy)
+        errors = dict(zip(PRODUCTS, map(snr, got, in_fp64(linear, x, dy)), strict=False))
+        for product, error in errors.items():
+            assert (error > 45) == (product not in products)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("place", ["input", "weight", "grad_output"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_overflow_in_any_operand_reaches_the_verdict_on_gradients(
+    recipe: str, place: str, value: float
+) -> None:
+    linear = layer(recipe=recipe)
+    optimizer = mixprec.MixedPrecision(torch.optim.SGD(linear.parameters(), lr=1.0))
+    x, dy = operands(32, 64)
+    run(linear, x, dy)
+    optimizer.step()
+    assert optimizer.grads_finite
+    with torch.no_grad():
+        {"input": x, "weight": linear.weight, "grad_output": dy}[place][3, 5] = value
+    before = linear.weight.detach().clone()
+    y = run(linear, x, dy)[0]
+    if place != "grad_output":  # a loss would make the gradient of such outputs NaN
+        assert y.isnan().any()
+        linear.weight.grad = None
+        run(linear, x, torch.where(y.isnan(), y, dy))
+    with pytest.warns(RuntimeWarning, match="gradients are not finite"):
+        optimizer.step()
+    assert not optimizer.grads_finite
+    torch.testing.assert_close(linear.weight.detach(), before, rtol=0, atol=0, equal_nan=True)
+
+
+# ------------------------------------------------------------------ inputs of any kind
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (17, 64), (2, 5, 64), (2, 3, 4, 64), (0, 64)])
+def test_any_number_of_tokens_and_axes(recipe: str, shape: tuple[int, ...]) -> None:
+    linear = layer(recipe=recipe)
+    x, dy = operands(*shape)
+    got, exact = run(linear, x, dy), in_fp64(linear, x, dy)
+    for g, e in zip(got, exact, strict=True):
+        assert g.shape == e.shape
+        assert g.isfinite().all()
+        if e.numel() and 0 not in shape:
+            assert snr(g, e) > 20
+    if 0 in shape:
+        assert not any(g.any() for g in got[2:])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_zeros_give_zeros(recipe: str) -> None:
+    linear = layer(recipe=recipe, bias=False)
+    with torch.no_grad():
+        linear.weight.zero_()
+    for got in run(linear, torch.zeros(16, 64).bfloat16(), torch.zeros(16, 48).bfloat16()):
+        assert not got.any()
+
+
+def test_strided_and_expanded_inputs() -> None:
+    linear = layer()
+    x, dy = operands(32, 64)
+    wide = torch.stack([x, x], -1)[..., 0]
+    assert not wide.is_contiguous()
+    for a, b in zip(run(linear, x, dy), run(linear, wide, dy), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    ones = torch.ones((), dtype=dy.dtype).expand(dy.shape)  # what sum().backward() hands over
+    for a, b in zip(run(linear, x, ones.clone()), run(linear, x, ones), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_frozen_parts_get_no_gradient_and_the_others_the_same() -> None:
+    x, dy = operands(32, 64)
+    whole = run(layer(), x, dy)
+    frozen = layer()
+    frozen.weight.requires_grad_(False)
+    inner = x.clone().requires_grad_()
+    frozen(inner).backward(dy)
+    torch.testing.assert_close(inner.grad, whole[1], rtol=0, atol=0)
+    assert frozen.weight.grad is None
+    first = layer()
+    first(x).backward(dy)
+    torch.testing.assert_close(first.weight.grad, whole[2], rtol=0, atol=0)
+
+
+def test_autocast_casts_once_from_fp32_and_returns_its_dtype() -> None:
+    linear = layer(dtype=torch.float32)
+    x, dy = operands(32, 64, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(x)
+    assert y.dtype == torch.bfloat16
+    y.backward(dy.bfloat16())
+    assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+    exact = in_fp64(linear, x, dy)
+    assert snr(y.detach(), exact[0]) > 28
+    assert snr(linear.weight.grad, exact[2]) > 24
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.ones(2, 64), "input is torch.float32 but weight is torch.bfloat16.*autocast"),
+        (torch.ones(2, 64).to(torch.float8_e4m3fn), "input is torch.float8_e4m3fn but weight"),
+        (torch.ones(2, 64, dtype=torch.int64), "input is torch.int64 but weight is"),
+    ],
+)
+def test_an_input_of_another_dtype_is_refused(x: Tensor, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        layer()(x)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = operands(16, 64)[0].requires_grad_()
+    y = layer()(x).float().sum()
+    with pytest.raises(RuntimeError, match="no second derivative, and create_graph=True asks"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_inference_and_no_grad_give_the_same_output() -> None:
+    linear, (x, dy) = layer(), operands(16, 64)
+    y = run(linear, x, dy)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), y, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(linear(x.clone()), y, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------ what is cast when
+
+
+@pytest.fixture
+def casts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of all matrices cast, in order."""
+    shapes: list[tuple[int, ...]] = []
+    for module in (operand, weight):
+        real = module.cast_scaled
+
+        def counted(x: Tensor, *args: Any, real: Any = real, **options: Any) -> Any:
+            shapes.append(tuple(x.shape))
+            return real(x, *args, **options)
+
+        monkeypatch.setattr(module, "cast_scaled", counted)
+    return shapes
+
+
+def test_a_weight_is_cast_once_a_step(casts: list[tuple[int, ...]]) -> None:
+    linear = layer()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    x, dy = operands(32, 64)
+    for _ in range(2):
+        for _ in range(3):
+            linear(x).backward(dy)
+        optimizer.step()
+    assert casts.count((48, 64)) == 2
+
+
+def test_a_weight_written_behind_its_version_is_cast_again_after_the_step() -> None:
+    class ThroughData(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> Any:
+            for param in self.param_groups[0]["params"]:
+                param.data.zero_()
+
+    linear, (x, _) = layer(bias=False), operands(32, 64)
+    optimizer = ThroughData(linear.parameters(), {})
+    assert linear(x).any()
+    optimizer.step()
+    assert not linear(x).any()
+
+
+def test_edited_and_loaded_and_swapped_weights_are_noticed() -> None:
+    linear, (x, _) = layer(bias=False), operands(32, 64)
+    with torch.no_grad():  # in FP8 without subnormals, so that factors of two are exact
+        linear.weight.copy_(torch.randint(-3, 4, linear.weight.shape))
+    saved = copy.deepcopy(linear.state_dict())
+    y = linear(x).detach()
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        torch.testing.assert_close(linear(x), 2 * y, rtol=0, atol=0)
+        linear.weight.data = -saved["weight"]
+        torch.testing.assert_close(linear(x), -y, rtol=0, atol=0)
+        linear.load_state_dict(saved)
+        torch.testing.assert_close(linear(x), y, rtol=0, atol=0)
+        for factor in (2.0, 4.0):  # each a new tensor, perhaps at the address of the last
+            other = {"weight": saved["weight"] * factor}
+            swapped = torch.func.functional_call(linear, other, x)
+            torch.testing.assert_close(swapped, factor * y, rtol=0, atol=0)
+            del other, swapped
+
+
+def test_siblings_share_one_cast_of_their_input(casts: list[tuple[int, ...]]) -> None:
+    model = nn.ModuleList(nn.Linear(64, 48) for _ in range(3))
+    Precision("fp8", recipe="adaptive").convert(model, min_dim=16)
+    x, _ = operands(32, 64)
+    for module in model:
+        module(x)
+    assert casts.count((32, 64)) == 1
+    x.mul_(2)
+    model[0](x)
+    assert casts.count((32, 64)) == 2
+    model[0](x.clone())
+    assert casts.count((32, 64)) == 3
+
+
+def test_adaptive_siblings_keep_one_exponent_and_strangers_their_own() -> None:
+    model: Any = nn.ModuleList(nn.Linear(64, 48) for _ in range(3))
+    Precision("fp8", recipe="adaptive").convert(model, min_dim=16)
+    x, _ = operands(32, 64)
+    states = [module._float8 for module in model]
+    for module, factor in zip(model, (1, 1, 100), strict=True):
+        module(x if factor == 1 else factor * x)
+    assert states[0].input is states[1].input is not states[2].input
+    assert states[0].grad_output is not states[1].grad_output
+
+
+def test_checkpointing_recomputes_the_same_bytes() -> None:
+    linear, (x, dy) = layer(recipe="adaptive"), operands(32, 64)
+    plain = run(linear, x, dy)
+    torch.optim.SGD(linear.parameters(), lr=0.0).step()
+    again = run(linear, x, dy)
+    x = x.clone().requires_grad_()
+    linear.zero_grad()
+    y = checkpoint(linear, x, use_reentrant=False)
+    y.backward(dy)
+    assert linear.weight.grad is not None
+    for a, b, c in zip(plain, again, (y.detach(), x.grad, linear.weight.grad), strict=False):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        torch.testing.assert_close(b, c, rtol=0, atol=0)
+
+
+def test_an_exponent_that_moves_before_a_backward_pass_leaves_that_alone() -> None:
+    """Two models with an optimizer each, as in adversarial training."""
+    linear, (x, dy) = layer(recipe="adaptive", bias=False), operands(32, 64)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.0)
+    run(linear, x, dy)
+    optimizer.step()
+    expected = run(linear, x, dy)[2]
+    y = linear(x)
+    linear(x * 2**12)  # saturates, so the next step moves the exponent of the input
+    before = linear._float8.input.scale.clone()
+    optimizer.step()
+    assert (linear._float8.input.scale != before).all()
+    linear.zero_grad()
+    y.backward(dy)
+    torch.testing.assert_close(linear.weight.grad, expected, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------ with the rest of training
+
+
+def test_gradient_sums_in_fp32_get_unrounded_weight_gradients() -> None:
+    linear = layer(bias=False)
+    optimizer = mixprec.MixedPrecision(torch.optim.SGD(linear.parameters(), lr=1.0))
+    accumulator = mixprec.GradientAccumulator(optimizer)
+    x, dy = operands(32, 64)
+    for last in (False, True):
+        loss = (linear(x).float() * dy).sum()
+        accumulator.backward(loss, torch.tensor(32), last=last)
+    grad = linear.weight.grad
+    assert grad is not None and grad.dtype == torch.float32
+    assert not torch.equal(grad, grad.bfloat16().float())
+    accumulator.step()
+
+
+def test_tied_linears_add_their_gradients() -> None:
+    model: Any = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
+    model[1].weight = model[0].weight
+    Precision("fp8", recipe="static").convert(model, min_dim=16)
+    assert model[1].weight is model[0].weight
+    x, dy = operands(32, 64, width=64)
+    got = run(model, x, dy)[2]
+    weights = [model[0].weight.detach().double().requires_grad_() for _ in range(2)]
+    F.linear(F.linear(x.double(), weights[0]), weights[1]).backward(dy.double())
+    exact = weights[0].grad + weights[1].grad  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
+    assert snr(got, exact) > 20
+
+
+def test_copies_and_pickles_work_alone() -> None:
+    linear, (x, dy) = layer(recipe="adaptive"), operands(32, 64)
+    run(linear, x, dy)
+    torch.optim.SGD(linear.parameters(), lr=0.0).step()
+    expected = run(linear, x, dy)
+    stored = io.BytesIO()
+    torch.save(linear, stored)
+    stored.seek(0)
+    copies = [
+        copy.deepcopy(linear),
+        pickle.loads(pickle.dumps(linear)),
+        torch.load(stored, weights_only=False),
+    ]
+    for twin in copies:
+        assert isinstance(twin, Float8Linear)
+        for a, b in zip(run(twin, x, dy), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        with torch.no_grad():
+            twin.weight.zero_()
+        assert linear(x).any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+@pytest.mark.parametrize(
+    ("recipe", "backend", "bias"),
+    [
+        ("static", "aot_eager", True),
+        ("adaptive", "inductor", False),
+        ("tensorwise", "aot_eager", False),
+        ("rowwise", "aot_eager", True),
+        (Recipe(inline=True), "inductor", True),
+    ],
+    ids=["static", "adaptive", "tensorwise", "rowwise", "inline"],
+)
+def test_compiled_layers_have_no_graph_break_and_the_same_bits(
+    recipe: str | Recipe, backend: str, bias: bool
+) -> None:
+    torch._dynamo.reset()
+    linear, (x, dy) = layer(recipe=recipe, bias=bias), operands(2, 9, 64)
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.0)
+    run(linear, x, dy)
+    optimizer.step()
+    eager = run(linear, x, dy)
+    optimizer.step()
+    compiled = torch.compile(linear, fullgraph=True, backend=backend)
+    for _ in range(2):
+        for a, b in zip(run(compiled, x, dy), eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    counted = linear._float8.operands()
+    if isinstance(recipe, str):
+        assert counted["input"].counters[4] == 2 * x.numel()
+        assert counted["grad_output"].counters[4] == 2 * dy.numel()
+    with torch.no_grad():
+        linear.weight.mul_(2)
+        half = compiled(x)
+        linear.weight.mul_(0.5)
+    assert not torch.equal(half, compiled(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+def test_a_compiled_model_recompiles_for_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    Precision("fp8").convert(model, min_dim=16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, dy = operands(32, 64, width=64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        compiled(x * 4**step).backward(dy)
+        optimizer.step()
+        if step == 0:
+            monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
