@@ -154,7 +154,9 @@ def test_every_16_bit_value_gets_the_byte_of_plain_torch(
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256).to(DEVICE)
     counters = check(scaled(exponent), x, format)
     check(scaled(exponent), x, format, counted=False)
-    assert counters[NON_FINITE] > 0 and counters[FLUSHED] > 0
+    assert counters[NON_FINITE] > 0
+    # 2^20 lifts all of FP16 above what becomes 0.
+    assert (counters[FLUSHED] > 0) == ((dtype, exponent) != (FP16, 20))
 
 
 @on_a_gpu
@@ -294,7 +296,7 @@ def test_more_than_2_to_the_31_elements(name: str, shape: tuple[int, int]) -> No
     elif cast is cast_tensorwise:
         by_row, factor = float8_cast._fitted(x.abs().amax().view(1, 1), E4M3, power_of_two)
         by_col = by_row
-        assert torch.equal(operand.row_scale, factor.squeeze())
+        assert torch.equal(operand.row_scale, factor.view(1))
     else:
         by_row, factor = float8_cast._fitted(x.abs().amax(1, keepdim=True), E4M3, power_of_two)
         assert torch.equal(operand.row_scale, factor)

@@ -37,10 +37,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mixprec.float8.cast import NUM_COUNTERS, cast_rowwise, cast_scaled, cast_tensorwise
 from torch import Tensor, nn
 
 import mixprec
+from mixprec.float8.cast import NUM_COUNTERS, cast_rowwise, cast_scaled, cast_tensorwise
 from mixprec.formats import E4M3, E5M2
 
 BF16 = torch.bfloat16

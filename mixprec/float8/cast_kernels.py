@@ -34,7 +34,7 @@ from mixprec.formats import Format
 __all__ = ["cast_rowwise_", "cast_scaled_", "cast_tensorwise_"]
 
 _TILE = {"BLOCK_R": 64, "BLOCK_C": 256, "num_warps": 8}
-_SMALL_TILE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 8}
+_SMALL_TILE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
 """For kernels that need more registers: half the values a thread, as many threads on the chip."""
 _AMAX_BLOCK, _AMAX_BLOCKS = 8192, 4
 _AMAX_TILE = {"BLOCK_R": 32, "BLOCK_C": 256, "TILES": 8, "num_warps": 8}
@@ -94,20 +94,26 @@ def _load(x, rows, columns, num_rows, num_cols):
 
 @triton.jit
 def _codes(values, multiplier, TYPE: tl.constexpr):
-    return (values * multiplier + values * 0.0).to(TYPE)
+    return (values * multiplier + values * 0.0).to(TYPE).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _bytes(codes):
+    return codes.to(tl.pointer_type(tl.uint8), bitcast=True)
 
 
 @triton.jit
 def _store_rows(by_row, codes, rows, columns, num_rows, num_cols):
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_cols)
-    tl.store(by_row + rows[:, None].to(tl.int64) * num_cols + columns[None, :], codes, mask=inside)
+    at = _bytes(by_row) + rows[:, None].to(tl.int64) * num_cols + columns[None, :]
+    tl.store(at, codes, mask=inside)
 
 
 @triton.jit
 def _store_cols(by_col, codes, rows, columns, padded, num_cols):
     """Transposed. Rows beyond the last were loaded as zeros."""
     inside = (columns[:, None] < num_cols) & (rows[None, :] < padded)
-    at = by_col + columns[:, None].to(tl.int64) * padded + rows[None, :]
+    at = _bytes(by_col) + columns[:, None].to(tl.int64) * padded + rows[None, :]
     tl.store(at, tl.trans(codes), mask=inside)
 
 
@@ -286,6 +292,11 @@ def cast_scaled_(
         x: `[R, C]`, contiguous, not empty; so are the others.
         fitted: whether the multiplier is known to let nothing saturate.
     """
+    if x.dtype == torch.float32 and by_row is not None and by_col is not None:
+        # Two launches: of both orientations in one, Triton 3.6 writes garbage in one of them where
+        # nothing was widened.
+        cast_scaled_(x, None, by_col, format, scale, None, fitted)
+        by_col = None
     numbers = _FORMATS[format.name]
     tile = _TILE if counters is None and x.shape[1] % 16 == 0 else _SMALL_TILE
     factor = torch.empty(1, dtype=torch.float32, device=x.device)

@@ -247,6 +247,7 @@ def _refuse_second_derivative() -> None:
 class _LastCast(NamedTuple):
     tensor: weakref.ref[Tensor]
     version: int
+    captured: bool
     operand: Operand
     made: Operand8
 
@@ -260,14 +261,26 @@ def _cast_input(
     """`matrix`, a view of `input`, in FP8: as a sibling has just cast it, if one has."""
     if torch.compiler.is_compiling() or input.is_inference():
         return state.input(matrix, rows=rows, cols=cols)
-    if _last and _last[0].tensor() is input and _last[0].version == input._version:
-        operand, made = _last[0].operand, _last[0].made
-        if _siblings(state, operand) and not (rows and made.rows is None):
-            if not (cols and made.cols is None):
-                return made
+    captured = input.is_cuda and torch.cuda.is_current_stream_capturing()
+    if _last and _is_of(_last[0], input, captured) and _siblings(state, _last[0].operand):
+        made = _last[0].made
+        if not (rows and made.rows is None) and not (cols and made.cols is None):
+            return made
     made = state.input(matrix, rows=rows, cols=cols)
-    _last[:] = [_LastCast(weakref.ref(input), input._version, state.input, made)]
+    last = _LastCast(weakref.ref(input), input._version, captured, state.input, made)
+    _last[:] = [last]
     return made
+
+
+def _is_of(last: _LastCast, input: Tensor, captured: bool) -> bool:
+    """Whether `last` was made of `input` as it is; in a CUDA graph, by that same graph.
+
+    What a graph replays must not rest on a cast that it does not hold. An input that came from
+    outside may have been cast there, one that the graph computes has been born in it.
+    """
+    if last.tensor() is not input or last.version != input._version:
+        return False
+    return last.captured == captured and not (captured and input.grad_fn is None)
 
 
 def _siblings(state: Float8State, operand: Operand) -> bool:

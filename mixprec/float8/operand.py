@@ -24,6 +24,7 @@ from mixprec.float8.cast import (
     cast_tensorwise,
 )
 from mixprec.float8.exponents import follow, scale_for
+from mixprec.float8.operators import operator
 from mixprec.float8.products import ALIGNMENT
 from mixprec.float8.recipe import Cast
 
@@ -111,8 +112,7 @@ def cast_as(
 # ------------------------------------------------------------------ under torch.compile
 
 
-@torch.library.custom_op("mixprec::float8_cast", mutates_args=("counters",))
-def _cast(
+def _cast_or_empty(
     x: Tensor,
     format: str,
     scaling: str,
@@ -133,8 +133,7 @@ def _cast(
     )
 
 
-@_cast.register_fake
-def _(
+def _fake(
     x: Tensor,
     format: str,
     scaling: str,
@@ -148,13 +147,15 @@ def _(
     num_rows, num_cols = x.shape
     padded = (num_rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     rowwise = scaling == "rowwise"
-    one = () if scaling == "tensorwise" else (1,)
     return (
         x.new_empty((num_rows, num_cols) if rows else (0,), dtype=dtype),
         x.new_empty((num_cols, padded) if cols else (0,), dtype=dtype),
-        scale.new_empty((num_rows if rows else 0, 1) if rowwise else one),
+        scale.new_empty((num_rows if rows else 0, 1) if rowwise else (1,)),
         scale.new_empty((num_cols if cols else 0, 1) if rowwise else (0,)),
     )
+
+
+_cast = operator("float8_cast", _cast_or_empty, _fake, mutates=("counters",))
 
 
 def _inlined(x: Tensor, plan: Cast, rows: bool, cols: bool) -> Operand8:

@@ -34,6 +34,18 @@ def has_units(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+_known: dict[torch.device, bool] = {}
+
+
+def _has_units(device: torch.device) -> bool:
+    """The same, asked once a device; the compiler asks by itself when it traces."""
+    if torch.compiler.is_compiling():
+        return has_units(device)
+    if device not in _known:
+        _known[device] = has_units(device)
+    return _known[device]
+
+
 def scaled_product(
     left: Tensor,
     right: Tensor,
@@ -54,9 +66,11 @@ def scaled_product(
     _check_sizes(left, right)
     if 0 in (left.shape[0], left.shape[1]):
         return _without_addends(left, right, bias, out_dtype)
-    if not has_units(left.device):
+    if not _has_units(left.device):
         return _emulated(left, right, left_scale, right_scale, bias, out_dtype)
-    if left_scale.numel() != right_scale.numel() or left_scale.numel() > 1:
+    if left_scale.numel() == right_scale.numel() == 1:
+        left_scale, right_scale = left_scale.view(1), right_scale.view(1)
+    else:
         left_scale = left_scale.expand(left.shape[0], 1).contiguous()
         right_scale = right_scale.expand(right.shape[0], 1).contiguous().t()
     # Units add a 16-bit bias before they round, but none to an FP32 result.

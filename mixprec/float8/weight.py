@@ -21,6 +21,7 @@ from mixprec import formats
 from mixprec.float8.cast import Operand8, cast_scaled
 from mixprec.float8.exponents import follow_weight
 from mixprec.float8.operand import Operand, cast_as
+from mixprec.float8.operators import operator
 from mixprec.float8.recipe import Cast
 
 __all__ = ["CachedWeight"]
@@ -156,8 +157,9 @@ def _refresh(
         owner.note(weight, output, grad_input)
 
 
-_refresh_op = torch.library.custom_op(
-    "mixprec::float8_weight",
+_refresh_op = operator(
+    "float8_weight",
     _refresh,
-    mutates_args=("rows", "cols", "row_scale", "col_scale", "counters"),
+    lambda *arguments: None,
+    mutates=("rows", "cols", "row_scale", "col_scale", "counters"),
 )
