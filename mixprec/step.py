@@ -119,7 +119,7 @@ class SteppingOptimizer(Optimizer):
         on_device = self._skips_on_device(members, rest)
         verdict = self._judge(grads, grad_factor, on_device=on_device)
         if verdict.go:
-            self._update(verdict, [] if loss is None else [lambda: loss], members, rest)
+            verdict = self._update(verdict, [] if loss is None else [lambda: loss], members, rest)
         if not members.capturing:
             self._conclude(verdict)
         return loss
@@ -267,16 +267,15 @@ class SteppingOptimizer(Optimizer):
         """Counters, the loss scaler, and an error where progress has stopped."""
         self._verdict = verdict
         self._steps += 1
-        overflowed: Tensor | bool = True
-        if not verdict.recorded:
-            overflowed = verdict.overflowed
-            self._skips.add(overflowed)
         scaler = self.loss_scaler
         if scaler is not None and scaler.losses_scaled != self._losses_seen:
             scaler.update(verdict.finite, counted=verdict.counted)
             self._losses_seen = scaler.losses_scaled
-        if verdict.recorded:
+        if verdict.recorded and verdict.found_inf is not None:
             return  # the host hears of it before the next step, in `_report_late`
+        overflowed = verdict.overflowed
+        if not verdict.recorded:
+            self._skips.add(overflowed)
         # Where only the device knows, the host asks once in a while.
         limit = MAX_SKIPS_IN_A_ROW if scaler is None else scaler.max_skips_in_a_row
         ask = not isinstance(overflowed, Tensor) or self._steps % limit == 0
@@ -327,16 +326,16 @@ class SteppingOptimizer(Optimizer):
         arguments: list[Callable[[], float]],
         members: Members,
         rest: list[list[Tensor]],
-    ) -> None:
+    ) -> Verdict:
+        """Step everybody once. Returns the verdict, which the host may have had to read."""
         inner: Any = self.inner
-        prepared: Prepared | None = None
-        if members.params:
-            try:
-                prepared = self._fused.prepare(members, self._check_params)
-            except NotFusible:  # from here on: it took a branch that was not tried before
-                members, rest = self._share_out(with_loss=bool(arguments))
-        capturing = members.capturing
-        if capturing:
+        asked = members
+        prepared, members, rest = self._prepare(members, rest, with_loss=bool(arguments))
+        if members is not asked and not self._skips_on_device(members, rest):
+            verdict = verdict.on_host()
+            if not verdict.go:
+                return verdict
+        if members.capturing:
             self._check_capture(rest)
         here = set(members.indices)
         groups = {i: params for i, params in enumerate(rest) if params or i not in here}
@@ -354,6 +353,21 @@ class SteppingOptimizer(Optimizer):
         if prepared is not None:
             self._fused.run(prepared, verdict.factor, verdict.found_inf, groups)
         self._warn_of_edits()
+        return verdict
+
+    def _prepare(
+        self, members: Members, rest: list[list[Tensor]], *, with_loss: bool
+    ) -> tuple[Prepared | None, Members, list[list[Tensor]]]:
+        """The fused part of this step, and how the parameters are shared out for it.
+
+        A group whose rule takes a branch that cannot be fused is left to the rule itself.
+        """
+        while members.params:
+            try:
+                return self._fused.prepare(members, self._check_params), members, rest
+            except NotFusible:
+                members, rest = self._share_out(with_loss=with_loss)
+        return None, members, rest
 
     def _check_capture(self, rest: list[list[Tensor]]) -> None:
         """Refuse a CUDA graph that would leave part of the step behind."""

@@ -37,6 +37,11 @@ class Verdict:
         """Whether to call the rule."""
         return self.found_inf is not None or (bool(self.finite) and bool(self.counted))
 
+    def on_host(self) -> Verdict:
+        """The same, read by the host, which waits for the device where it does not know."""
+        finite, counted = bool(self.finite), bool(self.counted)
+        return replace(self, finite=finite, counted=counted, found_inf=None)
+
     @property
     def overflowed(self) -> Tensor | bool:
         """Whether something was counted and it was not finite."""

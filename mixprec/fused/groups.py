@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -176,13 +176,23 @@ class FusedGroups:
     def _admit_again(self, index: int, program: Program) -> None:
         """A group does what it did not do when it was tried: an option was changed, say."""
         found = self._admit(index)
-        if found.fusible and program in found.programs:
-            return
-        reason = found.reason if not found.fusible else "no trial step took the branch it takes now"
-        self._admissions[index] = FusedAdmission(False, reason)
-        self._candidates.clear()
+        if not found.fusible:
+            self._give_up(index, found.reason)
+        if program not in found.programs:
+            self._give_up(index, "no trial step took the branch it takes now")
+
+    def _give_up(self, index: int, reason: str) -> NoReturn:
+        """Leave a group to the rule itself from now on; the step at hand has to be shared out anew.
+
+        Raises:
+            NotFusible: when `split` will give no parameter of this group any more.
+            TypeError: if that was ruled out.
+        """
         if self.fused is True or self.formats is not None:
             self._refuse(reason)
+        self.release(self._inner.param_groups[index]["params"])
+        self._admissions[index] = FusedAdmission(False, reason)
+        self._candidates.clear()
         raise NotFusible(reason)
 
     def reset(self) -> None:

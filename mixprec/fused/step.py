@@ -31,6 +31,7 @@ from mixprec.fused.cohorts import (
     form_cohorts,
     shown,
 )
+from mixprec.fused.dispatch import NotFusible
 from mixprec.fused.groups import Fused, FusedGroups
 from mixprec.fused.members import NOBODY, Members
 from mixprec.fused.pending import Flag, Pending, change
@@ -75,7 +76,7 @@ class FusedStep(FusedGroups):
     def prepare(self, members: Members, check: Callable[[Iterable[Tensor]], None]) -> Prepared:
         """This step's replays; `check` is given the parameters where they are new or have moved.
 
-        When it raises NotFusible, nothing has changed, and `split` gives another answer.
+        When it raises NotFusible, no parameter has changed, and `split` gives a group fewer.
         """
         plan = self._plan
         if members.capturing:  # rules check for a capture, and their numbers come later
@@ -89,10 +90,15 @@ class FusedStep(FusedGroups):
         if plan is None or not plan.holds(self._inner, members):
             check(members.params)
             plan = self._plan = self._planned(members)
-        recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
-        for cohort, recording in zip(plan.cohorts, recordings, strict=True):
-            if recording.program not in self._admissions[cohort.index].programs:
-                self._admit_again(cohort.index, recording.program)
+        recordings: list[Recording] = []
+        for cohort in plan.cohorts:
+            try:
+                recordings.append(cohort.probe.step(cohort.state))
+            except NotFusible as error:
+                self._give_up(cohort.index, str(error))
+            program = recordings[-1].program
+            if program not in self._admissions[cohort.index].programs:
+                self._admit_again(cohort.index, program)
                 return self.prepare(members, check)
         return Prepared(plan, members, recordings)
 
@@ -140,7 +146,10 @@ class FusedStep(FusedGroups):
             )
         self.settle()
         plan, found_inf = self._captured
-        recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
+        try:
+            recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
+        except NotFusible:
+            recordings = []
         prepared = Prepared(plan, NOBODY, recordings)
         if prepared.programs != plan.programs:
             raise RuntimeError(
