@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 import torch
 from frozen import difference, frozen
-from interpreted import Interpreted
 from small_rules import Rule, params, recordings
 from torch import Tensor
 
+from mixprec import MixedPrecision
 from mixprec.fused import translations
-from mixprec.fused.admission import ROUNDING, SPACING, TOLERANCE, admit_fused
+from mixprec.fused.admission import (
+    ROUNDING,
+    SPACING,
+    TOLERANCE,
+    FusedAdmission,
+    admit_fused,
+)
 from mixprec.fused.dispatch import Recorder
 from mixprec.fused.program import NUMEL, OPERATIONS, Op, Program
 from mixprec.fused.record import Element, Probe, RuleState, kind_of
@@ -29,7 +35,7 @@ LOOKS = "its Python code looks at a number of the data, by item() or in an if"
 
 def side_by_side(
     rule: type[Rule], steps: int = 50, shapes: Any = SHAPES, **options: Any
-) -> tuple[Interpreted, list[float]]:
+) -> tuple[MixedPrecision, list[float]]:
     """The rule beside its programs on the same gradients: how far each parameter ends, relatively.
 
     Relative to what the steps allow: `TOLERANCE` of the way that the parameter went, and a rounding
@@ -38,7 +44,7 @@ def side_by_side(
     eager, copied = rule(params(*shapes), **options), rule(params(*shapes), **options)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        programs = Interpreted(copied)
+        programs = MixedPrecision(copied, fused=True)
         pairs = list(zip(*(o.param_groups[0]["params"] for o in (eager, copied)), strict=True))
         begin = [left.detach().clone() for left, _ in pairs]
         generator = torch.Generator().manual_seed(1)
@@ -58,6 +64,12 @@ def side_by_side(
             allowed = TOLERANCE * way + steps * SPACING / 2 * size
             distances.append(float((left - right).abs().max() / allowed))
     return programs, distances
+
+
+def admission_of(programs: MixedPrecision) -> FusedAdmission:
+    admission = programs._fused.admission(0)
+    assert admission is not None
+    return admission
 
 
 # ---------------------------------------- numbers of a tensor
@@ -265,7 +277,7 @@ class StartsLater(Rule):
 @pytest.mark.parametrize("rule", [KeepsItsNorm, KeepsItInAVector, StartsLater])
 def test_numbers_of_the_data_are_kept_by_the_program(rule: type[Rule]) -> None:
     programs, distances = side_by_side(rule)
-    assert programs.admissions[0].reduced == ("norm",)
+    assert admission_of(programs).reduced == ("norm",)
     assert max(distances) <= 1
 
 
@@ -392,7 +404,7 @@ class KeepsManyMomenta(Rule):
 @pytest.mark.parametrize("rule", [Queues, KeepsManyMomenta])
 def test_tensors_in_collections_are_states_of_their_own(rule: type[Rule]) -> None:
     programs, distances = side_by_side(rule)
-    assert programs.admissions[0].exact and max(distances) == 0
+    assert admission_of(programs).exact and max(distances) == 0
 
 
 def test_a_queue_that_moves_is_copied() -> None:
@@ -494,7 +506,7 @@ OF_A_SIZE = (
 @pytest.mark.parametrize("update", OF_A_SIZE, ids=lambda update: update.__name__)
 def test_scalars_that_follow_from_sizes_are_recorded_for_each_size(update: Update) -> None:
     programs, distances = side_by_side(bent(update))
-    admission = programs.admissions[0]
+    admission = admission_of(programs)
     assert admission.by_size and not admission.first_eager
     assert admission.reason.endswith("in 12 trial steps, with scalars of its own for each size")
     assert max(distances) <= 1
@@ -557,7 +569,7 @@ def test_a_first_step_that_is_no_program_is_left_to_the_rule(
     rule: type[Rule], reduced: tuple[str, ...]
 ) -> None:
     programs, distances = side_by_side(rule)
-    admission = programs.admissions[0]
+    admission = admission_of(programs)
     assert admission.first_eager and admission.reduced == reduced
     assert admission.reason.endswith("in 12 trial steps, after a first step of its own")
     assert max(distances) <= 1

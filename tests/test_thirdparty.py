@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from comparison import STORAGES, Masters, Outcome, compare
-from interpreted import Interpreted
 from rules import Recipe, torch_recipes
 from thirdparty_rules import other_recipes, pytorch_optimizer_recipes
 
@@ -190,7 +189,7 @@ def test_fifty_steps_of_every_program_stay_within_tolerance_of_the_rule(rule: st
     if not in_tier_1(rule):
         pytest.skip("not in tier 1")
     eager, begin = _small_run(DEFAULTS[rule])
-    programs = Interpreted(_small_run(DEFAULTS[rule])[0])
+    programs = MixedPrecision(_small_run(DEFAULTS[rule])[0], fused=True)
     pairs = list(zip(_params(eager), _params(programs.inner), strict=True))
     generator = torch.Generator().manual_seed(1)
     for step in range(50):
