@@ -323,6 +323,7 @@ class MixedPrecision(SteppingOptimizer):
                 for i, group in enumerate(self.param_groups)
             }
             self._run_rule(method, None, groups)
+            self._warn_of_edits()
             return
         method()  # nothing to move yet, and a rule may want its mode before it is tried
         for param in [p for p in self._params() if p in self.state and not self.state[p]]:
@@ -522,10 +523,10 @@ class MixedPrecision(SteppingOptimizer):
         )
 
     def _sources(self) -> Iterator[str]:
-        for index, group in enumerate(self.param_groups):
-            found = (
-                None if self._store.whole or not group["params"] else self._fused.admission(index)
-            )
+        if self._store.whole:
+            return
+        for index in range(len(self.param_groups)):
+            found = self._fused.admission(index)
             if found is not None and found.fusible:
                 yield f"param_groups[{index}] runs\n\n{self._fused.source(index)}"
 

@@ -356,6 +356,18 @@ def test_modes_of_a_rule_move_masters_and_survive_a_checkpoint(masters: Any) -> 
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
 
 
+def test_a_change_of_mode_tells_of_weights_that_it_found_written() -> None:
+    params = low()
+    optimizer = mixprec.MixedPrecision(HasModes(params), masters="full")
+    optimizer.train()
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    params[0].detach().fill_(3.0)
+    with pytest.warns(RuntimeWarning, match=r"written outside of step\(\)"):
+        optimizer.eval()
+
+
 def test_trial_leaves_optimizer_and_random_state_alone() -> None:
     params = low()
     optimizer = AdamW(params, lr=0.1)

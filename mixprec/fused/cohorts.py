@@ -12,6 +12,7 @@ would hand the sharing on. So whoever leaves a cohort, or is saved, gets copies 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,8 +75,7 @@ class Cohort:
         self.params.append(member.param)
         self.entries.append(member.entry)
         self.tensors.append(member.state.tensors(member.entry))
-        plain = {k: v for k, v in self.state.numbers.items() if not _holds_elements(v)}
-        member.entry.update(plain)
+        member.entry.update(_shared(self.state))
 
     def own_state(self) -> RuleState:
         """The state with copies of its numbers, to come back to."""
@@ -92,14 +92,14 @@ class Cohort:
             old = numbers.get(name, Cohort)
             if isinstance(old, Tensor) and isinstance(value, Tensor) and _alike(old, value):
                 old.copy_(value)
-            elif old is not value and not (_holds_elements(value) and same(old, value)):
+            elif old is not value and not (_holds(Element, value) and same(old, value)):
                 numbers[name] = value
                 self._place(name, value)
         self.state = RuleState(numbers, state.elements, state.reduced)
 
     def _place(self, name: str, value: Any) -> None:
         for entry, tensors in zip(self.entries, self.tensors, strict=True):
-            if _holds_elements(value):
+            if _holds(Element, value):
                 entry[name] = RuleState({name: value}).entry(tensors)[name]
             else:
                 entry[name] = value
@@ -109,17 +109,17 @@ def _alike(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and left.dtype == right.dtype
 
 
-def _holds_elements(value: Any) -> bool:
-    """Whether a number is a collection in which tensors of elements have their places."""
-    found: list[str] = []
+def _shared(state: RuleState) -> dict[str, Any]:
+    """The numbers that a cohort's members share: all but collections of tensors of elements."""
+    return {name: value for name, value in state.numbers.items() if not _holds(Element, value)}
 
-    def look(name: str, leaf: Any) -> Any:
-        if isinstance(leaf, Element):
-            found.append(name)
 
-    if type(value) not in (int, float, bool, str, type(None)) and not isinstance(value, Tensor):
-        map_leaves(look, "", value)
-    return bool(found)
+def _holds(kind: type, value: Any) -> bool:
+    """Whether a value is a collection that holds, however deep, something of this kind."""
+    found: list[bool] = []
+    if type(value) in (dict, list, tuple, deque):
+        map_leaves(lambda _, leaf: found.append(isinstance(leaf, kind)), "", value)
+    return any(found)
 
 
 def elements_of(entry: Mapping[str, Any], param: Tensor) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def form_cohorts(members: Iterable[Member], resting: Iterable[Entry]) -> list[Co
     places: dict[Any, Cohort] = {}
     for member in members:
         state = member.state
-        ids = ((k, id(v)) for k, v in state.numbers.items() if not _holds_elements(v))
+        ids = ((k, id(v)) for k, v in _shared(state).items())
         key = (member.index, id(member.probe), state.elements, (*state.reduced,), *ids)
         cohort = places.get(key)
         if cohort is None or not same(dict(cohort.state.numbers), dict(state.numbers)):
@@ -198,9 +198,9 @@ def _is_of(member: Member, cohort: Cohort) -> bool:
 def _separate(cohort: Cohort) -> None:
     """Give a cohort's members numbers that nobody else has."""
     cohort.state = cohort.own_state()
-    plain = {k: v for k, v in cohort.state.numbers.items() if not _holds_elements(v)}
+    shared = _shared(cohort.state)
     for entry in cohort.entries:
-        entry.update(plain)
+        entry.update(shared)
 
 
 def own_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,19 +222,8 @@ def decoded(entry: Mapping[str, Any], param: Tensor, bf16: Sequence[str] = ()) -
         if name in elements:
             encoded = scale_key(name) in entry or name in bf16
             plain[name] = decode(value, entry.get(scale_key(name))) if encoded else value
-        elif name == MASTER or _holds_tensors(value):
+        elif name == MASTER or _holds(Tensor, value):
             plain[name] = value
         else:
             plain.update(own_numbers({name: value}))
     return plain
-
-
-def _holds_tensors(value: Any) -> bool:
-    """Whether a value is a collection with tensors in it; those are never shared."""
-    found: list[str] = []
-    if isinstance(value, Tensor):
-        return False
-    map_leaves(
-        lambda name, leaf: found.append(name) if isinstance(leaf, Tensor) else None, "", value
-    )
-    return bool(found)

@@ -23,7 +23,7 @@ from mixprec import formats
 from mixprec.fused.program import MASTER, Program
 from mixprec.fused.stages import kept_numbers, stages
 from mixprec.fused.triton_emit import WEIGHT, Layout, columns, source
-from mixprec.state_formats import decode, encode, scale_key
+from mixprec.state_formats import BLOCK, decode, encode, is_scale, num_blocks, scale_key
 
 __all__ = [
     "Addresses",
@@ -172,8 +172,8 @@ class TwinLaunch(Launch):
 
 
 def _part(column: str, run: Tensor, start: int, stop: int) -> Tensor:
-    if column.endswith(".scale"):
-        return run[start // 32 : -(-stop // 32)]
+    if is_scale(column):
+        return run[start // BLOCK : num_blocks(stop)]
     return run[start:stop]
 
 
