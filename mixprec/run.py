@@ -73,7 +73,7 @@ class MasterRun:
             grad = item.param.grad
             if grad is None or grad.dtype not in LOW:
                 item.stand_in.grad = grad
-            elif grad.layout != torch.strided:
+            elif _is_sparse(grad):
                 item.stand_in.grad = _sparse_float(grad, factor)
             else:
                 item.stand_in.grad = room = self._scratch.take(item.param, "grad")
@@ -140,7 +140,10 @@ class MasterRun:
         item = _Item(param, stored, stored, stored.dtype == torch.int16, origin)
         self._items.append(item)
         master = stored
-        if item.split:
+        if item.split and _is_sparse(param.grad):
+            # Torch adds a sparse tensor at twice the offset that a dense one has in its storage.
+            master = masters.read(param, stored)
+        elif item.split:
             room, spare = self._scratch.take(param, "master"), self._scratch.take(param, "grad")
             master = masters.read(param, stored, room, spare)
         item.stand_in = nn.Parameter(master, param.requires_grad)
@@ -162,6 +165,10 @@ class MasterRun:
             full.append(local(item.stored))
         if weights:
             torch._foreach_copy_(weights, full)
+
+
+def _is_sparse(grad: Tensor | None) -> bool:
+    return grad is not None and grad.layout != torch.strided
 
 
 def _sparse_float(grad: Tensor, factor: Tensor | None) -> Tensor:

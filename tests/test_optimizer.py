@@ -1126,6 +1126,22 @@ def test_sparse_gradients_of_a_dense_rule_are_refused_by_name() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("masters", ["full", "split"])
+@pytest.mark.parametrize("sparse_dims", [1, 2])
+def test_sparse_gradients_reach_the_elements_that_they_name(sparse_dims: int, masters: Any) -> None:
+    weights = [nn.Parameter(torch.ones(4, 2, dtype=torch.bfloat16)) for _ in range(3)]
+    optimizer = mixprec.MixedPrecision(SGD(weights, lr=0.25), masters=masters)
+    for place, weight in enumerate(weights):
+        grad = torch.zeros(4, 2, dtype=torch.bfloat16)
+        grad[place] = 1.0
+        weight.grad = grad.to_sparse(sparse_dims)
+    optimizer.step()
+    for place, (weight, master) in enumerate(optimizer.masters()):
+        expected = torch.ones(4, 2)
+        expected[place] = 0.75
+        assert_same([weight.detach().float(), master], [expected, expected])
+
+
 def test_split_masters_of_a_rule_that_couples_tensors_are_refused() -> None:
     params = parameters(torch.bfloat16)
     optimizer = mixprec.MixedPrecision(torch.optim.LBFGS(params), masters="split")
