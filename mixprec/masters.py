@@ -162,6 +162,10 @@ class MasterStore:
         if stored.dtype != torch.int16:
             self._versions[param] = param._version
 
+    def written(self, params: list[Tensor]) -> None:
+        """Take these weights for the roundings of their full masters: a kernel wrote both."""
+        self._versions.update((param, param._version) for param in params)
+
     def master(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
         """The FP32 master as of now, without changing anything; the parameter itself if FP32."""
         if not self.has(param):

@@ -115,9 +115,10 @@ class SteppingOptimizer(Optimizer):
             return self._step_by_closure(closure, grad_factor)
         loss = None if closure is None else self._evaluate(closure)
         members, rest = self._share_out(with_loss=closure is not None)
-        grads = members.grads + [p.grad for p in chain(*rest) if p.grad is not None]
+        others = [p.grad for p in chain(*rest) if p.grad is not None]
         on_device = self._skips_on_device(members, rest)
-        verdict = self._judge(grads, grad_factor, on_device=on_device)
+        kind = None if others else members.kind
+        verdict = self._judge(members.grads + others, grad_factor, on_device=on_device, kind=kind)
         if verdict.go:
             verdict = self._update(verdict, [] if loss is None else [lambda: loss], members, rest)
         if not members.capturing:
@@ -171,15 +172,21 @@ class SteppingOptimizer(Optimizer):
     # ---------------------------------------- what the gradients are worth
 
     def _judge(
-        self, grads: list[Tensor], grad_factor: Tensor | float | None, *, on_device: bool
+        self,
+        grads: list[Tensor],
+        grad_factor: Tensor | float | None,
+        *,
+        on_device: bool,
+        kind: object = None,
     ) -> Verdict:
+        """`kind`, if given, stands for how the gradients look, see `Members`."""
         if not grads:
             return no_gradients()
         factor, counted = self._unscale_factor(grad_factor, local(grads[0]).device)
         external = getattr(self, "found_inf", None)
         if self.on_nonfinite == "ignore" and self.max_grad_norm is None and external is None:
             return unjudged(factor, counted, on_device=on_device)
-        if on_device and self._device_judge.takes(grads):
+        if on_device and self._device_judge.takes(grads, kind):
             return self._device_judge(
                 grads,
                 factor,

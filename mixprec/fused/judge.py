@@ -107,9 +107,24 @@ class DeviceJudge:
 
     def __init__(self) -> None:
         self._table: _Table | None = None
+        self._kind: object = None
+        self._taken = False
 
-    def takes(self, grads: Sequence[Tensor]) -> bool:
-        """Whether these gradients are of one kind that the kernel reads."""
+    def takes(self, grads: Sequence[Tensor], kind: object = None) -> bool:
+        """Whether these gradients are of one kind that the kernel reads.
+
+        `kind` may be an object that stands for how they look, `Members.kind`: if it is the one that
+        was given last, nobody looks at them again.
+        """
+        if kind is None or kind is not self._kind:
+            self._kind, self._taken = kind, self._reads(grads)
+            if self._taken:
+                known, looks = self._table, (list(map(Tensor.numel, grads)), grads[0].device)
+                if known is None or (known.numels, known.device) != looks:
+                    self._table = _Table(*looks)
+        return self._taken
+
+    def _reads(self, grads: Sequence[Tensor]) -> bool:
         first = grads[0]
         if not (first.is_cuda and has_triton() and first.dtype in _TYPES):
             return False
@@ -132,16 +147,15 @@ class DeviceJudge:
         """The verdict, all on the device; `counts` move on by it.
 
         Args:
-            grads: as `takes` them, at least one.
+            grads: those that `takes` was asked for last, at least one.
             factor: 0-d, FP32 or FP64, on the same device, or None for 1.
             counted: 0-d, zero for a window in which nothing was counted, or None.
             external_found_inf: the finding of a torch.amp.GradScaler, or None.
             max_grad_norm: L2 norm to clip to, or None.
             counts: of the optimizer.
         """
-        device, numels = grads[0].device, list(map(Tensor.numel, grads))
-        if self._table is None or (self._table.numels, self._table.device) != (numels, device):
-            self._table = _Table(numels, device)
+        assert self._table is not None, "takes() makes it"
+        device = self._table.device
         if external_found_inf is not None:
             external_found_inf = external_found_inf.to(device)
         result = self._table.judge(

@@ -306,19 +306,21 @@ class Addresses:
         """The tensors, to be kept alive until the launch, and `[tensors]` int64 addresses."""
         values = list(map(Tensor.data_ptr, tensors))
         if self._uploaded is None or values != self._values:
-            if any(value & 15 for value in values):
+            on_host = torch.tensor(values, dtype=torch.int64)
+            if bool((on_host & 15).any()):
                 tensors = [t if t.data_ptr() % 16 == 0 else t.clone() for t in tensors]
                 values = list(map(Tensor.data_ptr, tensors))
-            self._values, self._uploaded = values, self._upload(values)
+                on_host = torch.tensor(values, dtype=torch.int64)
+            self._values, self._uploaded = values, self._upload(on_host)
         return tensors, self._uploaded
 
-    def _upload(self, values: list[int]) -> Tensor:
+    def _upload(self, values: Tensor) -> Tensor:
         if not is_capturing(self._device):
             if self._spare is None and self._device.type == "cuda":
                 self._spare = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
             return upload(values, torch.int64, self._device)
         assert self._spare is not None, "a step before the capture sets it aside"
-        source, self._spare = self._spare.copy_(torch.tensor(values)), None
+        source, self._spare = self._spare.copy_(values), None
         uploaded = torch.empty(len(values), dtype=torch.int64, device=self._device)
         self._captured += [source, uploaded]
         return uploaded.copy_(source, non_blocking=True)

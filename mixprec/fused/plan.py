@@ -1,16 +1,15 @@
 """Launches over the parameters that step, and what they were made from.
 
 A plan holds the tables of its launches for as long as nothing has moved: the same parameters step,
-their weights, states and masters are the same tensors at the same places, and gradients are of the
-same dtypes. Whether that is so is asked at every step. A step that finds another plan in the way
-makes a new one, which takes milliseconds.
+their weights look the same and lie where they lay, states and masters are the same tensors, and
+gradients are of the same dtypes. Whether that is so is asked at every step. A step that finds
+another plan in the way makes a new one, which takes milliseconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.fused.cohorts import Cohort, Entry, elements_of
+from mixprec.fused.guard import Guard
 from mixprec.fused.launch import KernelLaunch, Launch, TwinLaunch, has_triton
 from mixprec.fused.members import Members
 from mixprec.fused.program import Program
@@ -29,7 +29,7 @@ from mixprec.state_formats import TOP, decode, encode, scale_key
 
 __all__ = ["Batch", "Plan", "Prepared", "hold", "same_strides", "stored"]
 
-_dtype = attrgetter("dtype")
+_dtype, _version = attrgetter("dtype"), attrgetter("_version")
 
 
 class Batch:
@@ -42,6 +42,8 @@ class Batch:
         self.tensors: list[dict[str, Tensor]] = []
         self._rows: list[int] = []
         self._places: list[int] = []
+        self._kind: object = None
+        self._turned: list[int] = []
 
     def add(self, cohort: int, param: Tensor, tensors: dict[str, Tensor]) -> None:
         if cohort not in self.cohorts:
@@ -55,7 +57,6 @@ class Batch:
         self.device = self.params[0].device
         kind = KernelLaunch if self.device.type == "cuda" and has_triton() else TwinLaunch
         self.launch: Launch = kind(self.program, self.layout, self.tensors, self._rows)
-        self._contiguous = all(param.is_contiguous() for param in self.params)
         self._places = [place_of[param] for param in self.params]
         self._all = self._places == list(range(len(place_of)))
         shape = len(self.cohorts), self.program.num_scalars
@@ -67,21 +68,33 @@ class Batch:
         source = torch.tensor(numbers, dtype=torch.float32, pin_memory=self.device.type == "cuda")
         self._scalars.copy_(source, non_blocking=True)
 
-    def run(self, grads: Sequence[Tensor], factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """Launch, on all gradients of the plan."""
+    def run(self, members: Members, factor: Tensor | None, found_inf: Tensor | None) -> None:
+        """Launch, on the gradients of those of the plan's members that are in this batch."""
         if factor is not None:
             factor = factor.to(self.device, torch.float32).reshape(())
         if found_inf is not None:
             found_inf = found_inf.to(self.device)
-        self.launch.run(self.grads(grads), self._scalars, factor, found_inf)
+        self.launch.run(self.grads(members), self._scalars, factor, found_inf)
 
-    def grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients as the launch wants them."""
-        ours = list(grads) if self._all else [grads[place] for place in self._places]
-        if not (self._contiguous and all(map(Tensor.is_contiguous, ours))):
-            pairs = zip(self.params, ours, strict=True)
-            ours = [g if g.stride() == p.stride() else _like(g, p) for p, g in pairs]
+    def grads(self, members: Members) -> list[Tensor]:
+        """The gradients as the launch wants them: with the strides of their parameters."""
+        grads = members.grads
+        ours = grads if self._all else [grads[place] for place in self._places]
+        if members.kind is not self._kind:
+            self._kind = members.kind
+            pairs = enumerate(zip(self.params, ours, strict=True))
+            self._turned = [place for place, (p, g) in pairs if not _same_order(p, g)]
+        if self._turned:
+            ours = list(ours)
+            for place in self._turned:
+                ours[place] = _like(ours[place], self.params[place])
         return ours
+
+
+def _same_order(param: Tensor, grad: Tensor) -> bool:
+    """Whether elements lie in the same order; strides of dimensions of size 1 say nothing."""
+    both = param.is_contiguous() and grad.is_contiguous()
+    return both or param.stride() == grad.stride()
 
 
 def _like(grad: Tensor, param: Tensor) -> Tensor:
@@ -103,65 +116,73 @@ class Plan:
         self.fresh = True
         """Whether the launches at hand make states, which a next step will not."""
         self.batches: list[Batch] = []
-        self._params = members.params
+        self._params, self._kind = members.params, members.kind
         self._grad_dtypes = list(map(_dtype, members.grads))
+        self._weights = Guard(self._params)
         self._addresses = list(map(Tensor.data_ptr, self._params))
         self._state = cast(dict[Any, Any], inner.state)
         self._all_entries = list(self._state.values())
-        self._readers: list[tuple[Callable[[Any], Any], Entry]] = []
-        self._stored: list[Tensor] = []
+        self._readers: list[tuple[Callable[[Any], Any], list[Entry]]] = []
+        self._stored: list[list[Any]] = []
+        self._single: list[tuple[Entry, str, Tensor]] = []
         self._full: list[Tensor] = []
         self._versions: list[int] = []
 
     def adopt(self, batches: list[Batch], programs: tuple[Program, ...]) -> None:
         """Take the launches for these programs, one a cohort."""
         place_of = {param: place for place, param in enumerate(self._params)}
-        self._readers, self._full = [], []
+        self._readers, self._single, self._full = [], [], []
         for batch in batches:
             batch.ready(place_of)
             names = [n for n in columns(batch.layout) if n != WEIGHT and "[" not in n]
             if names:
-                read = itemgetter(*names, names[0])  # two names at least: it gives a tuple
-                self._readers += [(read, self._state[param]) for param in batch.params]
+                entries: list[Entry] = [self._state[param] for param in batch.params]
+                self._readers.append((itemgetter(*names), entries))
+                each = ((entry, name, entry[name]) for entry in entries for name in names)
+                self._single += [held for held in each if held[2].numel() == 1]
             if batch.layout.master == "full":
                 self._full += batch.params
         self.batches, self.programs = batches, programs
-        self._stored = list(chain.from_iterable([read(entry) for read, entry in self._readers]))
+        self._stored = [list(map(read, entries)) for read, entries in self._readers]
         self._all_entries = list(self._state.values())
-        self._versions = [param._version for param in self._full]
+        self._versions = list(map(_version, self._full))
 
     def holds(self, inner: Optimizer, members: Members) -> bool:
         """Whether the same parameters step and everything still lies where it lay."""
         return (
             self._state is inner.state
-            and self._are_ours(members.params)
-            and list(map(_dtype, members.grads)) == self._grad_dtypes
+            and (members.kind is self._kind or self._are_ours(members))
+            and self._weights.holds(self._params)
             and list(map(Tensor.data_ptr, self._params)) == self._addresses
             and self._holds_states()
-            and [param._version for param in self._full] == self._versions
+            and list(map(_version, self._full)) == self._versions
         )
 
-    def _are_ours(self, params: list[Tensor]) -> bool:
-        if params is self._params:
-            return True
-        return len(params) == len(self._params) and all(map(is_, params, self._params))
+    def _are_ours(self, members: Members) -> bool:
+        params, dtypes = members.params, list(map(_dtype, members.grads))
+        same = len(params) == len(self._params) and all(map(is_, params, self._params))
+        if not same or dtypes != self._grad_dtypes:
+            return False
+        self._kind = members.kind
+        return True
 
     def _holds_states(self) -> bool:
         entries = list(self._state.values())
         if len(entries) != len(self._all_entries) or not all(map(is_, entries, self._all_entries)):
             return False
         try:
-            found = chain.from_iterable([read(entry) for read, entry in self._readers])
-            return all(map(is_, found, self._stored))
-        except KeyError:
+            # What is the same object is equal without a comparison, which would raise for any other
+            # tensor of several elements; those of one are looked at by themselves.
+            same = [list(map(read, entries)) for read, entries in self._readers] == self._stored
+            return same and all(entry[name] is value for entry, name, value in self._single)
+        except Exception:
             return False
 
     def touched(self, store: MasterStore) -> None:
         """Kernels write behind autograd's back: tell it, as an operation in place would."""
         torch.autograd.graph.increment_version(self._params)
-        for param in self._full:
-            store.put(self._state, param, self._state[param][MASTER])
-        self._versions = [param._version for param in self._full]
+        store.written(self._full)
+        self._versions = list(map(_version, self._full))
 
 
 @dataclass(frozen=True)

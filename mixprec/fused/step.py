@@ -124,7 +124,7 @@ class FusedStep(FusedGroups):
                 pending.made = made
         for batch in plan.batches:
             batch.set_scalars(recordings)
-            batch.run(prepared.members.grads, factor, found_inf)
+            batch.run(prepared.members, factor, found_inf)
         self._count(prepared, pending, ran)
         plan.touched(self._store)
         if pending is not None:
@@ -134,7 +134,7 @@ class FusedStep(FusedGroups):
     def _capture(self, prepared: Prepared, factor: Tensor | None, found_inf: Tensor | None) -> None:
         """Record the launches; nothing happens and nothing is counted until they are replayed."""
         for batch in prepared.plan.batches:
-            batch.run(prepared.members.grads, factor, found_inf)
+            batch.run(prepared.members, factor, found_inf)
         self._captured = prepared.plan, found_inf
 
     def prepare_replay(self) -> None:
