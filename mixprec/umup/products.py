@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from mixprec.umup.scaling import Constraint, constrain, scale_bwd, scale_fwd
+from mixprec.umup.scaling import Constraint, call, constrain, scale_bwd, scale_fwd
 
 __all__ = ["conv1d", "conv2d", "linear", "linear_multipliers", "linear_readout", "matmul"]
 
@@ -123,8 +123,8 @@ def matmul(
         if size == 0:
             raise ValueError(f"matmul has 0 {name}, and a multiplier of 0^-1/2 is infinite")
     left, right = _operands(left, right)
-    product: Tensor = _Matmul.apply(
-        left, right, *constrain(constraint, inner**-0.5, cols**-0.5, rows**-0.5)
+    product: Tensor = call(
+        _Matmul, left, right, *constrain(constraint, inner**-0.5, cols**-0.5, rows**-0.5)
     )
     return product
 
@@ -202,7 +202,7 @@ def _linear(
 ) -> Tensor:
     x, weight, *rest = _operands(x, weight, *([] if bias is None else [bias]))
     bias = rest[0] if rest else None
-    y: Tensor = _Linear.apply(x, weight, bias, forward, backward, output_multiplier)
+    y: Tensor = call(_Linear, x, weight, bias, forward, backward, output_multiplier)
     return y
 
 
