@@ -2,6 +2,9 @@
 
     python docs/benchmarks/umup_gpu.py --out DIR      everything, about six minutes on one H200
     python docs/benchmarks/umup_gpu.py --tiny         the same at toy size on a CPU
+    python docs/benchmarks/umup_gpu.py --only transfer --losses DIR --widths 128
+                                                      one width of the third part; several at a time
+                                                      keep a GPU busy, and a last run shows them all
 
 1. Unit-scaled linear and MLP against torch.nn.functional, BF16, forward and backward, eager and
    compiled: medians of interleaved rounds.
@@ -204,6 +207,21 @@ def trained(
     return tail if math.isfinite(tail) and tail < 20 else math.inf
 
 
+def remembered(
+    exponent: int, width: int, *, unit: bool, seed: int, data: Tensor, args: argparse.Namespace
+) -> float:
+    """`trained` at a rate of 2^exponent, or what --losses holds of the same training."""
+    name = f"{'unit' if unit else 'standard'}-{args.steps}-steps-seed{seed}-{width}-lr{exponent}"
+    file: Path | None = args.losses / name if args.losses else None
+    if file is not None and file.exists():
+        return float(file.read_text())
+    loss = trained(width, 2.0**exponent, unit=unit, seed=seed, data=data, args=args)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(repr(loss))
+    return loss
+
+
 def transfer(device: str, args: argparse.Namespace) -> None:
     data = text().to(device)
     begin = time.time()
@@ -215,7 +233,7 @@ def transfer(device: str, args: argparse.Namespace) -> None:
         for unit, exponents in ((True, args.unit_lrs), (False, args.standard_lrs)):
             for width in args.widths:
                 for exponent in exponents:
-                    loss = trained(width, 2.0**exponent, unit=unit, seed=seed, data=data, args=args)
+                    loss = remembered(exponent, width, unit=unit, seed=seed, data=data, args=args)
                     found[unit].setdefault(width, {}).setdefault(2.0**exponent, []).append(loss)
     for unit, name in ((True, "unit-scaled"), (False, "standard")):
         report = TransferReport(
@@ -240,9 +258,12 @@ def main() -> None:
     parser.add_argument("--time", type=int, default=256)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--unit-lrs", type=int, nargs="+", default=list(range(-5, 1)))
-    parser.add_argument("--standard-lrs", type=int, nargs="+", default=list(range(-12, -5)))
+    parser.add_argument("--standard-lrs", type=int, nargs="+", default=list(range(-15, -7)))
     parser.add_argument("--budget", type=float, default=300.0, help="seconds of training, about")
     parser.add_argument("--out", type=Path, help="folder for the pictures")
+    parser.add_argument(
+        "--losses", type=Path, help="folder that keeps each training's loss, to go on from"
+    )
     parser.add_argument("--only", choices=("overhead", "errors", "transfer"))
     args = parser.parse_args()
     args.head = 64
