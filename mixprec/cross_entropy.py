@@ -51,6 +51,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    logit_multiplier: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
     reduction: Literal["sum", "none"] = "sum",
@@ -83,6 +84,8 @@ def linear_cross_entropy(
         class_weight: `[vocab]`, as `weight` in `F.cross_entropy`. `num_tokens` stays a count.
         token_weight: multiplies each token's loss; the shape of `targets`. Keep it near 1 and put
             common factors on the loss, where they multiply in FP32.
+        logit_multiplier: logits become `logit_multiplier * hidden @ weight.T + bias`, for the
+            `1 / width` of a readout or a temperature. Part of the product; rounds nothing.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         z_loss: adds `z_loss * log_sum_exp ** 2` to each token's loss.
         reduction: "sum", or "none" for the loss of each token, which implies `recompute`.
@@ -139,7 +142,9 @@ def linear_cross_entropy(
     logits_dtype = dtype_of_logits(logits_dtype, dtype, hidden.device)
     if chunk_size is None:
         chunk_size = default_chunk_size(weight.shape[0], logits_dtype)
-    check_options(reduction, label_smoothing, softcap, z_loss, chunk_size, num_tokens)
+    check_options(
+        reduction, label_smoothing, logit_multiplier, softcap, z_loss, chunk_size, num_tokens
+    )
     differentiable = (hidden, weight, bias)
     refuse_transforms(differentiable)
     targets = targets.long()
@@ -151,6 +156,7 @@ def linear_cross_entropy(
     options = _Options(
         ignore_index,
         float(label_smoothing),
+        float(logit_multiplier),
         None if softcap is None else float(softcap),
         float(z_loss),
         logits_dtype,
@@ -230,6 +236,7 @@ class _Options(NamedTuple):
 
     ignore_index: int
     label_smoothing: float
+    logit_multiplier: float
     softcap: float | None
     z_loss: float
     logits_dtype: torch.dtype
@@ -288,8 +295,10 @@ class _LinearCrossEntropy(Function):
             grads = _evaluate(inputs, options, options.needs)[2:]
         else:
             grads = ctx.saved_tensors
-        wanted = zip(grads, options.needs, strict=True)
-        return *(_times_(grad, factor) if need else None for grad, need in wanted), *[None] * 4
+        # Gradients are those by the products, which the bias is added to after the multiplier.
+        product = factor if options.logit_multiplier == 1 else factor * options.logit_multiplier
+        wanted = zip(grads, options.needs, (product, product, factor), strict=True)
+        return *(_times_(grad, f) if need else None for grad, need, f in wanted), *[None] * 4
 
 
 def _evaluate(
@@ -297,7 +306,7 @@ def _evaluate(
 ) -> tuple[Tensor, ...]:
     """Losses, count, gradients. Casts in here, so that none of them is differentiated."""
     operands = (None if t is None else t.to(options.dtype) for t in inputs[:3])
-    return losses_and_gradients(*operands, *inputs[3:], *options[:7], needs, *options.shard)
+    return losses_and_gradients(*operands, *inputs[3:], *options[:8], needs, *options.shard)
 
 
 _BLOCK = 2**20  # elements widened at once

@@ -59,6 +59,7 @@ def _losses_and_gradients(
     token_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    logit_multiplier: float,
     softcap: float | None,
     z_loss: float,
     logits_dtype: torch.dtype,
@@ -72,6 +73,7 @@ def _losses_and_gradients(
 ) -> tuple[Tensor, ...]:
     """Losses `[tokens]` and their count; gradients of their sum by hidden, weight and bias.
 
+    Those by hidden and weight are left without the factor `logit_multiplier`, which comes last.
     Padding has loss 0 and gradient 0 and is multiplied by nothing. Gradients by weight and bias are
     FP32 (FP64 for FP64), those that `needs` does not ask for are empty.
 
@@ -93,6 +95,8 @@ def _losses_and_gradients(
     losses = torch.zeros(targets.shape, dtype=dtype, device=hidden.device)
     remainders = torch.zeros_like(losses)
     target_logits = _target_logits(hidden, matrix, labels, logits_dtype)
+    if target_logits is not None:
+        target_logits *= logit_multiplier
     grads = _empty_gradients(hidden, weight, needs)
     _zero_what_no_product_writes(grads, kept, targets)
     slab = None
@@ -103,7 +107,7 @@ def _losses_and_gradients(
             states, classes = _pick(hidden, rows).to(matrix.dtype), labels[rows]
             if slab is None:
                 slab = _slab(len(states), matrix, logits_dtype)
-            logits = _multiply_into(slab[: len(states)], states, matrix.T)
+            logits = _multiply_into(slab[: len(states)], states, matrix.T, logit_multiplier)
             done = softmax_gradient_(
                 _with_the_values_of(logits_dtype, logits),
                 classes,
@@ -315,8 +319,9 @@ losses_and_gradients = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight, "
-        "Tensor? token_weight, SymInt ignore_index, float label_smoothing, float? softcap, "
-        "float z_loss, ScalarType logits_dtype, SymInt chunk_size, SymInt? num_tokens, "
+        "Tensor? token_weight, SymInt ignore_index, float label_smoothing, "
+        "float logit_multiplier, float? softcap, float z_loss, ScalarType logits_dtype, "
+        "SymInt chunk_size, SymInt? num_tokens, "
         "bool[] needs, str? group_name, SymInt first_class, SymInt num_classes, bool even_shards) "
         "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
@@ -333,6 +338,7 @@ def _(
     token_weight: Tensor | None,
     ignore_index: int,
     label_smoothing: float,
+    logit_multiplier: float,
     softcap: float | None,
     z_loss: float,
     logits_dtype: torch.dtype,
@@ -396,8 +402,11 @@ def _check_on_host(
         )
 
 
-def _multiply_into(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left @ right` in the dtype of `out`, FP32 from 16-bit operands without rounding between."""
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor, multiplier: float = 1.0) -> Tensor:
+    """`multiplier * left @ right` in the dtype of `out`, rounded once."""
+    if multiplier != 1:
+        options = {} if left.dtype == out.dtype else {"out_dtype": out.dtype}
+        return torch.addmm(out, left, right, beta=0, alpha=multiplier, out=out, **options)
     if left.dtype == out.dtype:
         return torch.mm(left, right, out=out)
     return torch.mm(left, right, out_dtype=out.dtype, out=out)

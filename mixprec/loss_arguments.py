@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -114,6 +115,7 @@ def _check_factor(name: str, factor: Tensor | None, shape: torch.Size) -> None:
 def check_options(
     reduction: str,
     label_smoothing: float,
+    logit_multiplier: float,
     softcap: float | None,
     z_loss: float,
     chunk_size: Any,
@@ -127,6 +129,8 @@ def check_options(
         )
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1")
+    if not math.isfinite(logit_multiplier):
+        raise ValueError(f"logit_multiplier is {logit_multiplier}; it must be finite")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap is {softcap}; it must be above 0, or None for no cap")
     if not z_loss >= 0:

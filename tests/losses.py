@@ -57,11 +57,14 @@ def reference(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     token_weight: Tensor | None = None,
+    logit_multiplier: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
     """The loss of each token from full logits, in the dtype of the inputs."""
-    logits = F.linear(hidden, weight, bias)
+    logits = F.linear(hidden, weight) * logit_multiplier
+    if bias is not None:
+        logits = logits + bias
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     losses = F.cross_entropy(
@@ -97,6 +100,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "class weight": {"class_weight": True},
     "class weight and smoothing": {"class_weight": True, "label_smoothing": 0.3},
     "token weight": {"token_weight": True},
+    "multiplier": {"logit_multiplier": 0.3},
     "softcap": {"softcap": 1.5},
     "z-loss": {"z_loss": 0.01},
     "bias": {"bias": True},
@@ -104,6 +108,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "class_weight": True,
         "token_weight": True,
+        "logit_multiplier": 1.7,
         "softcap": 2.0,
         "z_loss": 0.01,
         "bias": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -673,6 +674,7 @@ COMPILED: list[dict[str, Any]] = [
     {"recompute": True},
     {"reduction": "none"},
     {"softcap": 2.0, "z_loss": 0.1, "label_smoothing": 0.1, "chunk_size": 8},
+    {"logit_multiplier": 0.3},
 ]
 
 
@@ -713,7 +715,7 @@ def test_compiled_model_rounds_a_weight_gradient_once() -> None:
 def test_operator_is_declared_as_it_behaves() -> None:
     hidden, weight, targets = (t.detach() for t in case(dtype=BF16))
     operator = torch.ops.mixprec.linear_cross_entropy.default
-    options = (PADDING, 0.1, 2.0, 0.1, FP32, 8, None)
+    options = (PADDING, 0.1, 0.3, 2.0, 0.1, FP32, 8, None)
     for needs in ([True, True, False], [False, False, False]):
         arguments = hidden, weight, None, targets, None, None, *options, needs, None, 0, 50, True
         torch.library.opcheck(operator, arguments)
@@ -918,6 +920,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         r"hidden is torch\.int64 .*must be FP32, BF16, FP16 or FP64",
     ),
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing is 1\.5; it must be between 0 and 1"),
+    ({"logit_multiplier": math.inf}, ValueError, "logit_multiplier is inf; it must be finite"),
     ({"softcap": 0.0}, ValueError, r"softcap is 0\.0; it must be above 0, or None"),
     ({"z_loss": -1.0}, ValueError, r"z_loss is -1\.0; it must be 0 or more"),
     (

@@ -65,12 +65,9 @@ def linear_cross_entropy(
     gradient and is not counted.
 
     Args:
-        hidden, weight, targets, bias: as there, of RMS 1; FP32, BF16 or FP64.
+        hidden, weight, targets, bias: as there, of RMS 1.
         multiplier: sharpens the logits, in the forward pass only.
         label_smoothing: as in `F.cross_entropy`; makes gradients smaller, which is made up for.
-
-    Raises:
-        TypeError: for FP16, where hidden / width loses its small values.
 
     >>> import torch
     >>> from mixprec import umup
@@ -79,22 +76,22 @@ def linear_cross_entropy(
     >>> round((loss_sum / n).item(), 4)
     1.3863
     """
-    if hidden.dtype == torch.float16:
-        raise TypeError(
-            "hidden is float16, and logits are hidden / width @ weight.T: the division would leave "
-            "FP16's normal range. Use BF16 or FP32, or umup.losses.cross_entropy on the FP32 "
-            "logits of a LinearReadout."
-        )
     vocab, width = weight.shape
     forward = multiplier / width
-    # The product knows one multiplier, on its input. What the gradients of weight and bias lack
-    # for it multiplies the loss's gradient, one number; what hidden's then has too much, hidden's.
+    # The gradients of hidden, weight and bias lack each its own factor. That of the weight goes by
+    # the loss's gradient, one number; the others by their own, as far as they differ from it.
     per_weight = _class_multiplier(vocab, label_smoothing) / forward
-    hidden = scale_bwd(scale_fwd(hidden, forward), forward * vocab**-0.5)
+    hidden = scale_bwd(hidden, vocab**-0.5)
     if bias is not None:
         bias = scale_bwd(scale_fwd(bias, multiplier), forward)
     loss, num_tokens = _linear_cross_entropy(
-        hidden, weight, targets, bias=bias, label_smoothing=label_smoothing, **options
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        logit_multiplier=forward,
+        label_smoothing=label_smoothing,
+        **options,
     )
     return scale_bwd(loss, per_weight), num_tokens
 
