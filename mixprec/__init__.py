@@ -9,6 +9,7 @@ from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 from mixprec.optimizer import MixedPrecision
 from mixprec.precision import Precision, cast_model
+from mixprec.watch import watch
 
 __version__ = "0.1.0"
 
@@ -24,4 +25,5 @@ __all__ = [
     "formats",
     "linear_cross_entropy",
     "umup",
+    "watch",
 ]

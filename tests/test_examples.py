@@ -172,6 +172,25 @@ def test_sharded_head_learns_on_one_rank(
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.parametrize(("loss", "flushed"), [("mean", True), ("sum", False)])
+def test_watch_ranges_sees_what_a_mean_does_to_gradients(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    loss: str,
+    flushed: bool,
+) -> None:
+    out = tmp_path / "report.html"
+    arguments = ["--out", str(out), "--steps", "6", *(["--sum"] if loss == "sum" else [])]
+    monkeypatch.setattr(sys, "argv", ["watch_ranges.py", *arguments])
+    runpy.run_path(str(EXAMPLES / "watch_ranges.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in lines[:6]]
+    assert losses[-1] < losses[0] - 0.5
+    assert ("become 0 in E5M2" in lines[6]) == flushed
+    assert "<svg" in out.read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_sharded_head_learns_on_two_ranks() -> None:

@@ -19,6 +19,7 @@ CONCERNS = {
     "mixprec.accumulation",
     "mixprec.loss_scaling",
     "mixprec.masters",
+    "mixprec.watch",
 }
 """Each is useful without the others, so none may reach another, not even through a third."""
 

@@ -1,0 +1,217 @@
+"""One watched tensor: what its format loses of it, and which exponent would fix that.
+
+What a linear layer multiplies is judged as FP8 would hold it, E4M3 for input and weight, E5M2 for
+the gradient of the output. Everything else is judged by the dtype it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from mixprec import formats
+from mixprec.binades import Binades, Rates, Window
+from mixprec.float8_stats import MAX_FLUSHED, MAX_SATURATED, percent, signed
+from mixprec.formats import E4M3, E5M2, FP16, Format
+
+__all__ = ["Row", "advice", "judge", "table"]
+
+_FP8 = {"input": E4M3, "weight": E4M3, "grad_output": E5M2}
+SUM_NOT_MEAN = (
+    "Gradients become 0: a loss that is a mean over n tokens makes all of them n times smaller "
+    "than a sum does. Sum it, and divide at the step, as mixprec.GradientAccumulator does."
+)
+_NO_LOSS = Rates(0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """All values of one tensor of one layer that were counted."""
+
+    layer: str
+    kind: str
+    """Class of the layer."""
+    role: str
+    """"input", "output", "grad_output", a parameter's name, or "grad_" and that name."""
+    dtypes: tuple[str, ...]
+    """In the order in which they came; mostly one."""
+    format: Format | None
+    """What it is judged by; None where its dtype is no format."""
+    binades: Binades
+    also: tuple[str, ...] = ()
+    """Other layers that own the same parameter."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.layer or '(model)'} {self.role}"
+
+    @property
+    def zeros(self) -> float:
+        """Share of values that are 0 before any cast."""
+        return self.binades.zeros / self.binades.values
+
+    @property
+    def nonfinite(self) -> int:
+        """How many values are inf or NaN."""
+        return self.binades.infs + self.binades.nans
+
+    @cached_property
+    def rates(self) -> Rates:
+        """What `format` loses at exponent 0."""
+        return self.binades.rates(self.format) if self.format else _NO_LOSS
+
+    @cached_property
+    def window(self) -> Window | None:
+        """The exponents at which `format` loses little enough; None where all are the same."""
+        return self.binades.window(self.format) if self.format else None
+
+    @property
+    def fix(self) -> int | None:
+        """The power of two to multiply by, where that is needed and helps."""
+        window = self.window
+        if window is None or 0 in window or window.low > window.high:
+            return None
+        return window.middle
+
+    @property
+    def badness(self) -> float:
+        """0 for a tensor that fits; else its worst loss in units of the limit, or inf."""
+        if self.nonfinite:
+            return math.inf
+        # What is FP16 already cannot be seen to saturate or to have been flushed.
+        faint = self.rates.subnormal if self.format == FP16 else 0.0
+        losses = (self.rates.saturated / MAX_SATURATED, self.rates.flushed / MAX_FLUSHED)
+        worst = max(*losses, faint / MAX_FLUSHED)
+        return worst if worst > 1 else 0.0
+
+    @property
+    def fault(self) -> str | None:
+        """What is wrong and what to do about it; None where nothing is."""
+        return f"{_lost(self)}; {_remedy([self])}" if self.badness else None
+
+
+def judge(role: str, dtypes: Sequence[torch.dtype], *, linear: bool) -> Format | None:
+    """The format that a tensor should fit, by its role in a linear layer or else by its dtypes.
+
+    Where it came in several dtypes, the narrowest range decides.
+    """
+    own = [format for format in formats.ALL if format.dtype in dtypes]
+    narrowest = min(own, key=lambda format: format.exponent_bits, default=None)
+    return _FP8.get(role, narrowest) if linear else narrowest
+
+
+def advice(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each of `rows` that has a fault, in their order.
+
+    Those that differ only in the numbers within their names, as the layers of a stack do, share
+    one, which quotes the first: the worst, if `rows` are sorted so. Where gradients become 0, a
+    last sentence names the usual cause.
+    """
+    alike: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.badness:
+            alike.setdefault((_pattern([row, row]), row.role, _remedy_kind(row)), []).append(row)
+    faint = any(row.role == "grad_output" and row.rates.flushed > MAX_FLUSHED for row in rows)
+    return [*map(_sentence, alike.values()), *([SUM_NOT_MEAN] if faint else [])]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """`rows` as aligned text."""
+    header = ("layer", "role", "dtype", "binades", "zero", "as", "saturated", "to zero", "use")
+    cells = [header, *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    present = list(row.binades.histogram)
+    return (
+        row.layer or "(model)",
+        row.role,
+        "+".join(row.dtypes),
+        f"2^{present[0]} to 2^{present[-1] + 1}" if present else "-",
+        percent(row.zeros),
+        row.format.name if row.format else "-",
+        percent(row.rates.saturated),
+        percent(row.rates.flushed),
+        signed(row.fix) if row.fix is not None else "see below" if row.badness else "",
+    )
+
+
+def _lost(row: Row) -> str:
+    if row.nonfinite or row.format is None:
+        binades = row.binades
+        return f"{binades.infs} inf and {binades.nans} NaN among {binades.values} values"
+    name, rates, lost = row.format.name.upper(), row.rates, list[str]()
+    if rates.saturated > MAX_SATURATED:
+        lost.append(f"{percent(rates.saturated)} of values are above {name}'s {row.format.max:g}")
+    if rates.flushed > MAX_FLUSHED:
+        lost.append(f"{percent(rates.flushed)} of values become 0 in {name}")
+    if not lost:
+        lost.append(
+            f"{percent(rates.subnormal)} of values are in {name}'s subnormals, where digits get "
+            f"lost, and {percent(row.zeros)} are 0"
+        )
+    return " and ".join(lost)
+
+
+def _sentence(rows: Sequence[Row]) -> str:
+    worst = rows[0]
+    if len(rows) == 1:
+        return f"{worst.name}: {worst.fault}"
+    which = "first" if worst.nonfinite else "worst"
+    place = f"{_pattern(rows)} {worst.role} in {len(rows)} layers, {which} in {worst.layer}"
+    return f"{place}: {_lost(worst)}; {_remedy(rows)}"
+
+
+def _pattern(rows: Sequence[Row]) -> str:
+    """What names all of the layers: the name of one, or one with `*` for the numbers within."""
+    layer = rows[0].layer or "*"
+    if len(rows) == 1:
+        return layer
+    *path, last = layer.split(".")  # a number in last place tells layers of one block apart
+    return ".".join(["*" if part.isdecimal() else part for part in path] + [last])
+
+
+def _remedy_kind(row: Row) -> str:
+    if row.nonfinite:
+        return "none"
+    if row.format == FP16:
+        return "loss scale" if row.role.startswith("grad_") else "bf16"
+    if row.fix is None:
+        return "other recipe"
+    return "higher exponent" if row.fix > 0 else "lower exponent"
+
+
+def _remedy(rows: Sequence[Row]) -> str:
+    kind, layers = _remedy_kind(rows[0]), repr(_pattern(rows))
+    if kind == "none":
+        return "no exponent mends that, so find the first layer that makes them"
+    if kind == "bf16":
+        return "hold it in bf16"
+    if kind == "loss scale":
+        return f"raise the loss scale, 2^{max(map(_lift, rows))} times as high would do"
+    if kind == "other recipe":
+        return (
+            f"no exponent holds both ends, use overrides={{{layers}: 'rowwise'}} or "
+            f"overrides={{{layers}: 'bf16'}}"
+        )
+    return f"use {_exponents(rows)}, or overrides={{{layers}: 'adaptive'}}"
+
+
+def _exponents(rows: Sequence[Row]) -> str:
+    """The exponents proposed: one with all that fit, or the lowest and the highest of several."""
+    window, fixes = rows[0].window, [row.fix for row in rows if row.fix is not None]
+    if len(rows) == 1 and window is not None:
+        return f"exponent {signed(fixes[0])} ({signed(window.low)} to {signed(window.high)} fit)"
+    low, high = signed(min(fixes)), signed(max(fixes))
+    return f"exponent {low}" if low == high else f"exponents {low} to {high}"
+
+
+def _lift(row: Row) -> int:
+    """The least power of two that brings FP16 gradients out of the subnormals."""
+    return next(e for e in range(1, 64) if row.binades.rates(FP16, e).subnormal <= MAX_FLUSHED)
