@@ -26,11 +26,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixprec.float8_stats import MAX_FLUSHED, MAX_SATURATED
 from mixprec.formats import Format
 
-__all__ = ["BINS", "Binades", "Rates", "Window", "count"]
+__all__ = [
+    "BINS",
+    "MAX_FLUSHED",
+    "MAX_SATURATED",
+    "Binades",
+    "Rates",
+    "Window",
+    "count",
+    "percent",
+    "signed",
+]
 
+MAX_SATURATED = 1e-4
+"""Share of saturated values that a tensor may have: what is clipped is most of its energy."""
+MAX_FLUSHED = 0.05
+"""Share of values that may become 0: they are the smallest."""
 BINS = 1024
 """Four for each exponent field of FP32: a power of two, up to 1.75 times it, beyond, none."""
 _PIECE = (2**22, 2**18)
@@ -188,6 +201,27 @@ class Binades:
 
     def _flushed(self, format: Format, exponent: int) -> int:
         return self._below(_log2(format.smallest_subnormal) - 1 - exponent, 1)
+
+
+def percent(share: float) -> str:
+    """How a share is written: as a percentage of two digits, "-" for NaN.
+
+    >>> percent(0.0213), percent(0.0), percent(3e-6), percent(1.0)
+    ('2.1 %', '0', '0.0003 %', '100 %')
+    """
+    if math.isnan(share):
+        return "-"
+    number = 100 * share
+    return f"{number:.0f} %" if number >= 9.95 else f"{number:.2g} %" if number else "0"
+
+
+def signed(exponent: int) -> str:
+    """How an exponent is written: 0, +3, -2.
+
+    >>> signed(0), signed(3), signed(-2)
+    ('0', '+3', '-2')
+    """
+    return f"{exponent:+d}" if exponent else "0"
 
 
 def _log2(value: float) -> int:

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from mixprec import formats
-from mixprec.binades import Binades
-from mixprec.float8_stats import MAX_FLUSHED, MAX_SATURATED, percent, signed
+from mixprec.binades import MAX_FLUSHED, MAX_SATURATED, Binades, percent, signed
 from mixprec.formats import E4M3, E5M2, FP16, Format
 from mixprec.watch_rows import Row
 

@@ -14,8 +14,15 @@ from functools import cached_property
 import torch
 
 from mixprec import formats
-from mixprec.binades import Binades, Rates, Window
-from mixprec.float8_stats import MAX_FLUSHED, MAX_SATURATED, percent, signed
+from mixprec.binades import (
+    MAX_FLUSHED,
+    MAX_SATURATED,
+    Binades,
+    Rates,
+    Window,
+    percent,
+    signed,
+)
 from mixprec.formats import E4M3, E5M2, FP16, Format
 
 __all__ = ["Row", "advice", "judge", "table"]

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from mixprec import formats
-from mixprec.binades import BINS, Binades, Rates, Window, count
-from mixprec.float8_stats import MAX_FLUSHED, MAX_SATURATED
+from mixprec.binades import (
+    BINS,
+    MAX_FLUSHED,
+    MAX_SATURATED,
+    Binades,
+    Rates,
+    Window,
+    count,
+)
 from mixprec.formats import BF16, E4M3, E5M2, FP16, FP32, Format
 
 

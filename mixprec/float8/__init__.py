@@ -4,6 +4,7 @@ from mixprec.float8.conversion import EXCLUDED, LayerReport, convert, revert
 from mixprec.float8.linear import Float8Linear
 from mixprec.float8.products import has_units
 from mixprec.float8.recipe import Cast, Recipe, by_name
+from mixprec.float8.stats import Stats, stats
 
 __all__ = [
     "EXCLUDED",
@@ -11,8 +12,10 @@ __all__ = [
     "Float8Linear",
     "LayerReport",
     "Recipe",
+    "Stats",
     "by_name",
     "convert",
     "has_units",
     "revert",
+    "stats",
 ]
