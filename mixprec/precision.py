@@ -27,7 +27,7 @@ from torch import nn
 
 from mixprec import conversion, float8, formats
 from mixprec.conversion import NORMS, Report
-from mixprec.float8 import LayerReport, Recipe
+from mixprec.float8 import LayerReport, Recipe, Stats
 from mixprec.formats import BF16, FP16, FP32, Format
 
 if TYPE_CHECKING:
@@ -205,6 +205,15 @@ class Precision:
     def revert(self, model: nn.Module) -> None:
         """Give every FP8 layer of `model` the class back that it had; casts stay."""
         float8.revert(model)
+
+    def stats(self, model: nn.Module) -> Stats:
+        """What the casts of each FP8 layer of `model` lost in the last step that cast anything.
+
+        Print it for a table; `warnings()` has a sentence for each operand that saturates in more
+        than 1e-4 of its values or turns more than 5 % into 0, with the exponent that mends it.
+        Waits for the device, once.
+        """
+        return float8.stats(model)
 
     def fsdp_policy(self) -> MixedPrecisionPolicy:
         """The `mp_policy` for `torch.distributed.fsdp.fully_shard`.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mixprec
 from mixprec import float8
 from mixprec.float8.cast import cast_scaled
 from mixprec.float8.recipe import Cast
@@ -204,7 +205,7 @@ def test_stats_of_a_model_are_those_of_its_last_step(recipe: str) -> None:
     for size in (1.0, 10000.0):
         model(size * torch.randn(48, 32, dtype=torch.bfloat16)).float().square().sum().backward()
         optimizer.step()
-    stats = float8.stats(model)
+    stats = mixprec.Precision("fp8").stats(model)
     assert [(r.layer, r.role) for r in stats.rows] == [
         (layer, role) for layer in ("0", "2") for role in ("input", "weight", "grad_output")
     ]
