@@ -105,6 +105,7 @@ def test_an_adaptive_exponent_is_not_to_be_changed_by_hand() -> None:
     plan = Cast(E4M3, "adaptive")
     moved = row("a", "input", plan, -4, counters(2.0**10, 30))
     moving = row("b", "input", plan, 0, counters(2.0**10, 30))
+    assert moved.fix is None and moving.fix == -4
     assert [warning.partition("; ")[2] for warning in Stats((moved, moving)).warnings()] == [
         "the exponent has moved there since, so this should be over",
         "the next step moves the exponent to -4",

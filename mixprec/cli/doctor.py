@@ -24,6 +24,7 @@ from torch import Tensor
 
 import mixprec
 from mixprec import formats
+from mixprec.cli import doctor_float8
 from mixprec.cli.table import table
 from mixprec.formats import Format
 
@@ -48,6 +49,7 @@ def examine(device: torch.device) -> dict[str, Any]:
     """All findings about `device` and the torch that drives it, as plain data."""
     rows = [_examine_format(format, device) for format in formats.ALL]
     speed = {row["format"]: row["speed"] for row in rows}
+    ratio = speed["e4m3"] / speed["bf16"] if speed["e4m3"] and speed["bf16"] else None
     return {
         "versions": {
             "mixprec": mixprec.__version__,
@@ -57,6 +59,7 @@ def examine(device: torch.device) -> dict[str, Any]:
         },
         "device": {"type": device.type, "name": _device_name(device)},
         "formats": rows,
+        "float8": doctor_float8.examine(device, _outcome, ratio),
         "torch": {name: _outcome(probe) for name, probe in _FEATURES.items()},
         "advice": advice(speed["bf16"], speed["fp16"]),
     }
@@ -225,8 +228,9 @@ def _page(found: dict[str, Any]) -> str:
             if str(row[column]).startswith("no: ")
         }
     )
-    parts = [versions, device, "", table([header, *rows]), "", *reasons, "", features, ""]
-    return "\n".join([*parts, found["advice"]])
+    parts = [versions, device, "", table([header, *rows]), "", *reasons, ""]
+    parts += [*doctor_float8.page(found["float8"]), "", features, ""]
+    return "\n".join([*parts, found["float8"]["advice"], found["advice"]])
 
 
 def _cell(value: object) -> str:
