@@ -28,6 +28,7 @@ from torch import nn
 from mixprec import conversion, float8, formats
 from mixprec.conversion import NORMS, Report
 from mixprec.float8 import LayerReport, Recipe, Stats
+from mixprec.float8.conversion import exponents, load_exponents
 from mixprec.formats import BF16, FP16, FP32, Format
 
 if TYPE_CHECKING:
@@ -214,6 +215,18 @@ class Precision:
         Waits for the device, once.
         """
         return float8.stats(model)
+
+    def exponents(self, model: nn.Module) -> dict[str, dict[str, int]]:
+        """Exponents of the adaptive operands of each FP8 layer of `model`; optional to save.
+
+        Without them a resumed run fits its exponents anew in its first step, as the first run did;
+        with them it goes on bit for bit. Waits for the device, once.
+        """
+        return exponents(model)
+
+    def load_exponents(self, model: nn.Module, saved: Mapping[str, Mapping[str, int]]) -> None:
+        """Go on with what `exponents` returned; a ValueError for operands that do not adapt."""
+        load_exponents(model, saved)
 
     def fsdp_policy(self) -> MixedPrecisionPolicy:
         """The `mp_policy` for `torch.distributed.fsdp.fully_shard`.

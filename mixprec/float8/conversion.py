@@ -16,6 +16,7 @@ from torch import nn
 from mixprec import formats
 from mixprec.conversion import NORMS, Report, matches
 from mixprec.conversion import convert as cast
+from mixprec.float8.exponents import read_exponents
 from mixprec.float8.linear import Float8Layer, Float8Linear, Float8State
 from mixprec.float8.products import ALIGNMENT, has_units
 from mixprec.float8.recipe import Recipe, by_name
@@ -23,7 +24,16 @@ from mixprec.formats import Format
 
 _STAYS = "16 bits"
 
-__all__ = ["EXCLUDED", "Layer", "LayerReport", "convert", "float8_layers", "revert"]
+__all__ = [
+    "EXCLUDED",
+    "Layer",
+    "LayerReport",
+    "convert",
+    "exponents",
+    "float8_layers",
+    "load_exponents",
+    "revert",
+]
 
 EXCLUDED = ("lm_head", "head", "*router*", "*readout*", "*classifier*")
 """Output layers and routers: a small error there changes a choice, not one addend of many."""
@@ -149,6 +159,52 @@ def revert(model: nn.Module) -> None:
     for _, module in list(float8_layers(model)):
         module.__class__ = module.reverts_to  # pyright: ignore[reportAttributeAccessIssue]
         del module._float8
+
+
+def exponents(model: nn.Module) -> dict[str, dict[str, int]]:
+    """The exponents of each layer's adaptive operands, by name. Waits for the device, once.
+
+    Nothing needs them: without them a resumed run fits them anew in its first step, as the first
+    run did. With them it goes on bit for bit.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    >>> _ = convert(model, "adaptive", min_dim=16)
+    >>> _ = model(torch.full((4, 64), 3.0, dtype=torch.bfloat16))
+    >>> exponents(model)["0"]["input"]  # 3 * 2^5 = 96, less than half of 448
+    5
+    """
+    found = {
+        (name, role): operand
+        for name, layer in float8_layers(model)
+        for role, operand in layer._float8.operands().items()
+        if operand.cast.scaling == "adaptive"
+    }
+    exponents: dict[str, dict[str, int]] = {}
+    for (name, role), exponent in zip(found, read_exponents(found.values()), strict=True):
+        exponents.setdefault(name, {})[role] = exponent
+    return exponents
+
+
+def load_exponents(model: nn.Module, saved: Mapping[str, Mapping[str, int]]) -> None:
+    """Go on with the exponents that `exponents` returned.
+
+    Raises:
+        ValueError: for a name that is no adaptive operand of `model`.
+    """
+    layers = dict(float8_layers(model))
+    for name, by_role in saved.items():
+        operands = layers[name]._float8.operands() if name in layers else {}
+        for role in by_role:
+            if role not in operands or operands[role].cast.scaling != "adaptive":
+                raise ValueError(
+                    f"exponents hold {name!r} {role!r}, which is no adaptive operand of this "
+                    "model; convert it by the same recipe, overrides and exclusions first"
+                )
+    for name, by_role in saved.items():
+        for role, exponent in by_role.items():
+            layers[name]._float8.operands()[role].set_exponent(exponent)
+        layers[name]._float8.weight.forget()
 
 
 def float8_layers(model: nn.Module) -> Iterator[tuple[str, Float8Layer]]:

@@ -21,7 +21,7 @@ A step ends when any `torch.optim.Optimizer` has stepped: torch calls a hook for
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -33,7 +33,14 @@ from mixprec.float8.cast import AMAX_BITS, FLUSHED, SATURATED, SEEN
 from mixprec.float8.recipe import MAX_EXPONENT, Cast
 from mixprec.formats import Format
 
-__all__ = ["end_step", "fitting_exponent", "follow", "follow_weight", "scale_for"]
+__all__ = [
+    "end_step",
+    "fitting_exponent",
+    "follow",
+    "follow_weight",
+    "read_exponents",
+    "scale_for",
+]
 
 MOST_SATURATED = 1e-5
 MOST_FLUSHED = 1e-2
@@ -76,6 +83,17 @@ def _scales(exponent: Tensor) -> Tensor:
 def _exponents(scales: Tensor) -> Tensor:
     """The exponents of multipliers that `_scales` made."""
     return (scales[..., 0].view(torch.int32) >> 23) - 127
+
+
+def read_exponents(operands: Iterable[Scaled]) -> list[int]:
+    """Their exponents, on the host, which waits once for each device."""
+    scales: dict[torch.device, list[Tensor]] = {}
+    order: list[torch.device] = []
+    for operand in operands:
+        scales.setdefault(operand.scale.device, []).append(operand.scale)
+        order.append(operand.scale.device)
+    read = {d: iter(_exponents(torch.stack(same)).tolist()) for d, same in scales.items()}
+    return [next(read[device]) for device in order]
 
 
 def moved(

@@ -71,6 +71,12 @@ class Operand:
             self.scale.copy_(scale_for(x.abs().amax().float(), self.cast.format))
             self.fitted = True
 
+    def set_exponent(self, exponent: int) -> None:
+        """Go on from `exponent` as from one that a step has settled."""
+        self.scale.copy_(torch.tensor([2.0**exponent, 2.0**-exponent]))
+        self.slack_steps.zero_()
+        self.settled = True
+
     def move_to(self, device: torch.device) -> None:
         """Hold everything on `device`."""
         if self.scale.device != device:
