@@ -18,7 +18,7 @@ A is what the ranks' reducer divided by. The one division is part of the optimiz
 and nothing here waits for the device.
 
 Groups of a unit-scaled model ask for T^-1/2 in place of 1/T, by `token_power`: a sum of T gradients
-of RMS 1 has RMS T^1/2.
+of RMS 1 has RMS T^1/2. Each of the T is where 16 and 8 bits want it, and P is 1.
 
 16-bit parameters would add up their micro-batches in 16 bits, where BF16 stands still after 256
 equal ones. So a window of several micro-batches has FP32 gradients, for 2 more bytes a parameter
@@ -87,8 +87,9 @@ class GradientAccumulator:
     Args:
         optimizer: a `mixprec.MixedPrecision`, whose loss scaler is used; or any other with FP32 or
             FP64 parameters, which is then stepped only if all gradients are finite.
-        presumed_tokens: P, a power of two near the tokens of a step; fixed for the run. It moves
-            gradients in FP16's range and changes nothing else.
+        presumed_tokens: P, a power of two, fixed for the run. It moves gradients in the range of
+            FP16 and FP8 and changes nothing else. 2^18 by default, near the tokens of a large step;
+            1 for groups of `umup.param_groups`, whose gradients are made to need no division.
         loss_scaler: for an optimizer that is not a MixedPrecision.
         fp32_sums: whether 16-bit parameters get FP32 gradients in windows of several micro-batches.
             Turn it off where gradients must stay in 16 bits to fit, or where something else holds
@@ -119,12 +120,14 @@ class GradientAccumulator:
         self,
         optimizer: Optimizer,
         *,
-        presumed_tokens: int = 2**18,
+        presumed_tokens: int | None = None,
         loss_scaler: _LossScaler | None = None,
         fp32_sums: bool = True,
         grad_reduction: Literal["mean", "sum"] | None = None,
         process_group: Any = None,
     ) -> None:
+        if presumed_tokens is None:
+            presumed_tokens = 1 if _is_unit_scaled(optimizer) else 2**18
         _check_presumed(presumed_tokens)
         if grad_reduction not in (None, "mean", "sum"):
             raise ValueError(f"grad_reduction={grad_reduction!r}; use 'mean', 'sum' or None")
@@ -343,6 +346,11 @@ class GradientAccumulator:
                 grad, param.grad = param.grad, None
                 param.grad_dtype = torch.float32
                 param.grad = None if grad is None else grad.float()
+
+
+def _is_unit_scaled(optimizer: Optimizer) -> bool:
+    """Whether sums over T tokens are made to be divided by less than T, see `umup.param_groups`."""
+    return all(group.get("token_power", -1.0) > -1.0 for group in optimizer.param_groups)
 
 
 def _check_presumed(presumed_tokens: Any) -> None:

@@ -251,6 +251,22 @@ def test_presumed_tokens_bring_fp16_gradients_into_range() -> None:
     assert gradient(1) == float("inf")
 
 
+@pytest.mark.parametrize(("token_power", "root"), [(None, 2.0**-18), (-1.0, 2.0**-18), (-0.5, 1.0)])
+def test_gradients_on_the_way_back_have_the_size_that_their_groups_are_made_for(
+    token_power: float | None, root: float
+) -> None:
+    param, seen = weight(), list[Tensor]()
+    group: dict[str, Any] = {"params": [param]}
+    if token_power is not None:
+        group["token_power"] = token_power
+    accumulator = GradientAccumulator(SGD([group], lr=1.0))
+    param.register_hook(seen.append)
+    accumulator.backward(param * 1, 16)
+    accumulator.step()
+    assert [grad.item() for grad in seen] == [root]
+    assert param.item() == -(16.0 ** (token_power or -1.0))
+
+
 # --- what a micro-batch may be
 
 
@@ -639,7 +655,7 @@ def test_step_before_any_micro_batch_or_before_the_last_is_refused() -> None:
     assert param.item() == -3.0
 
 
-@pytest.mark.parametrize("presumed_tokens", [0, -4, 3, 1000, 2.0**18, None])
+@pytest.mark.parametrize("presumed_tokens", [0, -4, 3, 1000, 2.0**18])
 def test_presumed_tokens_are_a_power_of_two(presumed_tokens: Any) -> None:
     with pytest.raises(
         ValueError, match=f"presumed_tokens is {presumed_tokens}; it must be an int"
