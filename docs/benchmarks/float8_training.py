@@ -60,9 +60,9 @@ class Size:
 
 
 SIZES = {
-    "100m": Size(1024, 8, 2816, 1024, 8, 2, 600, 2**26, lr=6e-4, unit_lr=2**-2),
+    "100m": Size(1024, 8, 2816, 1024, 8, 2, 600, 2**26, lr=4e-4, unit_lr=2**-2),
     # 128 wide, 3 blocks, 768 bytes a step: small enough for FP8 emulated on a CPU.
-    "toy": Size(128, 3, 352, 64, 6, 2, 400, 2**22, lr=2e-3, unit_lr=2**-2),
+    "toy": Size(128, 3, 352, 64, 6, 2, 400, 2**22, lr=1e-3, unit_lr=2**-2),
 }
 
 
@@ -75,16 +75,21 @@ class Run:
     recipe: str | None = None
     mean: bool = False
     """Whether gradients have the size of a mean over the step's tokens, or of their sum."""
+    nudged: bool = False
+    """Whether initial weights are off by 2^-12 of themselves: two runs that differ in nothing that
+    matters end so far apart."""
 
 
 RUNS = (
     Run("without FP8", False),
+    Run("without FP8, nudged", False, nudged=True),
     Run("adaptive", False, "adaptive"),
     Run("adaptive, mean loss", False, "adaptive", mean=True),
     Run("tensorwise", False, "tensorwise"),
     Run("rowwise", False, "rowwise"),
     Run("static", False, "static"),
     Run("without FP8, unit-scaled", True),
+    Run("without FP8, unit-scaled, nudged", True, nudged=True),
     Run("static, unit-scaled", True, "static"),
     Run("static, unit-scaled, mean loss", True, "static", mean=True),
     Run("adaptive, unit-scaled, mean loss", True, "adaptive", mean=True),
@@ -128,9 +133,11 @@ def read_text(limit: int) -> Tensor:
     return torch.frombuffer(text[:limit], dtype=torch.uint8)
 
 
-def micro_batches(text: Tensor, size: Size, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+def micro_batches(
+    text: Tensor, size: Size, seed: int, step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Random windows of bytes and the byte after each, which follow from the number of the step."""
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(1_000_000 * seed + step)
     shape = (size.micro_batches, size.rows, 1)
     starts = torch.randint(len(text) - size.context - 1, shape, generator=generator)
     windows = text[starts.to(text.device) + torch.arange(size.context + 1, device=text.device)]
@@ -141,9 +148,9 @@ def micro_batches(text: Tensor, size: Size, step: int) -> Iterator[tuple[Tensor,
 # ------------------------------------------------------------------ one run
 
 
-def make_model(run: Run, size: Size) -> nn.Module:
-    """A decoder from a fixed seed."""
-    torch.manual_seed(0)
+def make_model(run: Run, size: Size, seed: int) -> nn.Module:
+    """A decoder whose weights follow from the seed."""
+    torch.manual_seed(seed)
     decoder = umup.Decoder(
         256,
         width=size.width,
@@ -151,7 +158,12 @@ def make_model(run: Run, size: Size) -> nn.Module:
         seq_len=size.context,
         mlp_width=size.mlp_width,
     )
-    return decoder if run.unit else StandardDecoder(decoder)
+    model = decoder if run.unit else StandardDecoder(decoder)
+    if run.nudged:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + 2**-12 * torch.randn_like(parameter))
+    return model
 
 
 def loss_of(model: nn.Module, run: Run, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,10 +182,10 @@ def rate(size: Size, done: int) -> float:
     )
 
 
-def train(run: Run, size: Size, text: Tensor, compile: bool) -> Outcome:
+def train(run: Run, size: Size, text: Tensor, seed: int, compile: bool) -> Outcome:
     device, on_gpu = text.device, text.is_cuda
     outcome = Outcome(run)
-    model = make_model(run, size).to(device)
+    model = make_model(run, size, seed).to(device)
     # Most CPUs are slow in BF16; there the rest of the model stays in FP32.
     params = BF16 if on_gpu else FP32
     if run.recipe is None:
@@ -205,7 +217,7 @@ def train(run: Run, size: Size, text: Tensor, compile: bool) -> Outcome:
         if step == warm_up:
             _wait(device)
             began = time.perf_counter()
-        for i, (tokens, targets) in enumerate(micro_batches(text, size, step), start=1):
+        for i, (tokens, targets) in enumerate(micro_batches(text, size, seed, step), start=1):
             loss = loss_of(model, run, tokens, targets)
             accumulator.backward(*loss, last=i == size.micro_batches)
         losses.append(accumulator.step())
@@ -241,7 +253,7 @@ def _note_casts(model: nn.Module, outcome: Outcome) -> None:
 def gap(outcome: Outcome, outcomes: list[Outcome], size: Size) -> float | None:
     """How far above the loss of the same model without FP8 a run has ended, as a share of it."""
     for other in outcomes:
-        if other.run.recipe is None and other.run.unit == outcome.run.unit:
+        if is_reference(other.run) and other.run.unit == outcome.run.unit:
             reference = other.final(size.last)
             return None if other is outcome else outcome.final(size.last) / reference - 1
     return None
@@ -278,12 +290,17 @@ THIN = (
 )
 
 
+def is_reference(run: Run) -> bool:
+    """Whether others are compared with it."""
+    return run.recipe is None and not run.nudged
+
+
 def curves(outcomes: list[Outcome], size: Size) -> list[Curve]:
     """Losses averaged over blocks of steps, those without FP8 broad and below the others."""
     every = max(1, size.steps // 60)
     wide, thin = iter(WIDE), iter(THIN * 2)
     drawn: list[Curve] = []
-    for outcome in sorted(outcomes, key=lambda outcome: outcome.run.recipe is not None):
+    for outcome in sorted(outcomes, key=lambda outcome: not is_reference(outcome.run)):
         blocks = [outcome.losses[i : i + every] for i in range(0, size.steps, every)]
         above = gap(outcome, outcomes, size)
         final = f"{outcome.final(size.last):.4f}"
@@ -292,7 +309,7 @@ def curves(outcomes: list[Outcome], size: Size) -> list[Curve]:
                 outcome.run.name,
                 [min((i + 1) * every, size.steps) for i in range(len(blocks))],
                 [sum(block) / len(block) for block in blocks],
-                next(wide if outcome.run.recipe is None else thin),
+                next(wide if is_reference(outcome.run) else thin),
                 value=final if above is None else f"{above:+.2%}",
             )
         )
@@ -322,13 +339,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run")
     parser.add_argument("--rows", type=int, help="of a micro-batch")
     parser.add_argument("--micro-batches", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--unit-lr", type=float)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", nargs="+", choices=[run.name for run in RUNS], default=DEFAULT)
     parser.add_argument("--all", action="store_true", help="every run there is")
     parser.add_argument("--compile", action="store_true", help="compile each layer")
     parser.add_argument("--quick", action="store_true", help="20 steps of the toy on a CPU")
     parser.add_argument("--out", type=Path, help="folder for the curves and all numbers")
     args = parser.parse_args()
-    given = {"steps": args.steps, "rows": args.rows, "micro_batches": args.micro_batches}
+    names = ("steps", "rows", "micro_batches", "lr", "unit_lr")
+    given = {name: getattr(args, name) for name in names}
     size = SIZES["toy" if args.quick else args.size]
     if args.quick:
         size = replace(size, steps=20, last=5, text_bytes=2**18)
@@ -349,7 +370,7 @@ def main() -> None:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
-        outcomes.append(outcome := train(run, size, text, args.compile))
+        outcomes.append(outcome := train(run, size, text, args.seed, args.compile))
         print(
             f"{run.name}: {outcome.final(size.last):.4f}, {outcome.converted} layers in FP8, "
             f"{time.perf_counter() - began:.0f} s",
@@ -362,7 +383,7 @@ def main() -> None:
             svg = draw_svg(curves(outcomes, size), picture(outcomes, size, name))
             (args.out / "float8_training.svg").write_text(svg, "utf-8")
     print("\n" + describe(outcomes, size))
-    above = [gap(outcome, outcomes, size) for outcome in outcomes if not outcome.run.mean]
+    above = [gap(outcome, outcomes, size) for outcome in outcomes if outcome.run.name in DEFAULT]
     sys.exit(any(share is not None and abs(share) > EQUAL for share in above))
 
 
