@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -112,7 +112,7 @@ def count(x: Tensor, counts: Tensor) -> None:
 class Binades:
     """Counts that were read back, and what follows from them."""
 
-    counts: list[int]
+    counts: list[int] = field(repr=False)
 
     @cached_property
     def _up_to(self) -> list[int]:
@@ -166,6 +166,10 @@ class Binades:
         subnormal = self._below(normal) - flushed
         saturated = self._saturated(format, exponent)
         return Rates(saturated / self.values, subnormal / self.values, flushed / self.values)
+
+    def highest(self, format: Format) -> int:
+        """The highest exponent at which no whole binade is above `format.max`; 0 without values."""
+        return _log2(format.max) - max(self.histogram, default=_log2(format.max))
 
     def window(self, format: Format) -> Window | None:
         """The exponents at which `format` loses no more than the limits; None where all values are

@@ -1,8 +1,8 @@
 """The report of a watch as one HTML document: histograms as inline SVG, no script, no other file.
 
 Each tensor is a strip over binades. Bars are its values, coloured by what its format does with them
-at exponent 0; lines below are the ranges of the formats, thin where subnormals are; a dashed frame
-is the format's range moved to where the proposed exponent puts it.
+as it is cast, or would be at exponent 0; lines below are the ranges of the formats, thin where
+subnormals are; a dashed frame is the format's range moved to where the proposed exponent puts it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _legend() -> Iterator[str]:
     yield "<h2>Each tensor, worst first</h2>"
     yield (
         '<p class="quiet">Bars: the share of values in each binade, on a logarithmic scale from '
-        "one in a million up. Colours: what the format in blue below does with them at exponent 0. "
+        "one in a million up. Colours: what the format in blue below does with them. "
         "Dashed: its range at the exponent proposed. FP32 and BF16 hold all that is shown.</p>"
     )
     yield (
@@ -153,7 +153,8 @@ def _folded(title: str, rows: Sequence[Row], scale: _Scale) -> Iterator[str]:
 
 
 def _block(row: Row, scale: _Scale) -> str:
-    judged = f", judged as {row.format.name}" if row.format else ""
+    at = f" at exponent {signed(row.exponent)}" if row.exponent else ""
+    judged = f", judged as {row.format.name}{at}" if row.format else ""
     shared = f", shared with {', '.join(row.also)}" if row.also else ""
     about = f"{row.kind}, {'+'.join(row.dtypes)}{judged}{shared}"
     fault = [f"<p>{escape(row.fault)}</p>"] if row.fault else []
@@ -178,15 +179,16 @@ def _counted(binades: Binades) -> str:
 
 
 def _rates(row: Row) -> Iterator[str]:
-    """What every format loses, at exponent 0 and at its best."""
+    """What every format loses, as it is and at its best exponent."""
     losses = "<th>above</th><th>subnormal</th><th>to zero</th>"
-    yield '<table>\n<tr><th></th><th colspan="3">at exponent 0</th>'
+    yield '<table>\n<tr><th></th><th colspan="3">as it is</th>'
     yield '<th colspan="4">at the best exponent</th><th></th></tr>'
     yield f"<tr><th>format</th>{losses}<th>exponent</th>{losses}<th>all that fit</th></tr>"
     for format in formats.ALL:
         window = row.binades.window(format)
-        best = 0 if window is None or 0 in window else window.middle
-        plain, mended = row.binades.rates(format), row.binades.rates(format, best)
+        now = row.exponent if format == row.format else 0
+        best = now if window is None or now in window else window.middle
+        plain, mended = row.binades.rates(format, now), row.binades.rates(format, best)
         cells = [format.name, *map(percent, plain), signed(best), *map(percent, mended)]
         fit = "all" if window is None else f"{signed(window.low)} to {signed(window.high)}"
         cells.append("none" if window is not None and window.low > window.high else fit)
@@ -202,7 +204,8 @@ def _strip(row: Row, scale: _Scale) -> str:
         *_bars(row, scale),
     ]
     for place, format in enumerate((E4M3, E5M2, FP16)):
-        parts.extend(_range(format, BASE + 22 + place * LINE, scale, judged=format == row.format))
+        y, shift = BASE + 22 + place * LINE, row.exponent if format == row.format else 0
+        parts.extend(_range(format, y, scale, shift, judged=format == row.format))
     start, end = map(scale, _moved(row) or (0.0, 0.0))
     if start < end:
         parts.append(
@@ -236,7 +239,7 @@ def _bars(row: Row, scale: _Scale) -> Iterator[str]:
     heaps: dict[tuple[int, str], int] = {}
     for binade, number in row.binades.histogram.items():
         place = min(max(binade, scale.low), scale.high - 1)
-        heap = (place, _fate(binade, row.format))
+        heap = (place, _fate(binade + row.exponent, row.format))
         heaps[heap] = heaps.get(heap, 0) + number
     for (place, fate), number in heaps.items():
         share = number / row.binades.values
@@ -259,10 +262,10 @@ def _fate(binade: int, format: Format | None) -> str:
     return "subnormal" if 2.0**binade < format.smallest_normal else "kept"
 
 
-def _range(format: Format, y: int, scale: _Scale, *, judged: bool) -> Iterator[str]:
+def _range(format: Format, y: int, scale: _Scale, exponent: int, *, judged: bool) -> Iterator[str]:
     kind = "judged range" if judged else "range"
     low, normal, high = (
-        scale(math.log2(value))
+        scale(math.log2(value) - exponent)
         for value in (format.smallest_subnormal, format.smallest_normal, format.max)
     )
     yield f'<text x="0" y="{y + 4}">{format.name}</text>'

@@ -1,7 +1,8 @@
 """One watched tensor: what its format loses of it, and which exponent would fix that.
 
-What a linear layer multiplies is judged as FP8 would hold it, E4M3 for input and weight, E5M2 for
-the gradient of the output. Everything else is judged by the dtype it has.
+What a linear layer multiplies is judged as FP8 would hold it at exponent 0, E4M3 for input and
+weight, E5M2 for the gradient of the output; in a layer that is in FP8 already, as its cast does.
+Everything else is judged by the dtype it has.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,6 +37,17 @@ SUM_NOT_MEAN = (
 _NO_LOSS = Rates(0.0, 0.0, 0.0)
 
 
+class Judge(NamedTuple):
+    """What a tensor has to fit."""
+
+    format: Format | None
+    """None where its dtype is no format."""
+    exponent: int = 0
+    """A cast multiplies by 2^exponent first."""
+    scaling: str | None = None
+    """How the layer finds that exponent, if it is in FP8: "static", "adaptive" or "tensorwise"."""
+
+
 @dataclass(frozen=True)
 class Row:
     """All values of one tensor of one layer that were counted."""
@@ -46,11 +59,20 @@ class Row:
     """"input", "output", "grad_output", a parameter's name, or "grad_" and that name."""
     dtypes: tuple[str, ...]
     """In the order in which they came; mostly one."""
-    format: Format | None
-    """What it is judged by; None where its dtype is no format."""
+    judge: Judge
     binades: Binades
     also: tuple[str, ...] = ()
     """Other layers that own the same parameter."""
+
+    @property
+    def format(self) -> Format | None:
+        """What it is judged by; None where its dtype is no format."""
+        return self.judge.format
+
+    @property
+    def exponent(self) -> int:
+        """The exponent at which it is judged: 0, or that of a layer which is in FP8 already."""
+        return self.judge.exponent
 
     @property
     def name(self) -> str:
@@ -68,8 +90,8 @@ class Row:
 
     @cached_property
     def rates(self) -> Rates:
-        """What `format` loses at exponent 0."""
-        return self.binades.rates(self.format) if self.format else _NO_LOSS
+        """What `format` loses at `exponent`."""
+        return self.binades.rates(self.format, self.exponent) if self.format else _NO_LOSS
 
     @cached_property
     def window(self) -> Window | None:
@@ -78,9 +100,9 @@ class Row:
 
     @property
     def fix(self) -> int | None:
-        """The power of two to multiply by, where that is needed and helps."""
+        """The exponent to use instead, where that is needed and helps."""
         window = self.window
-        if window is None or 0 in window or window.low > window.high:
+        if window is None or self.exponent in window or window.low > window.high:
             return None
         return window.middle
 
@@ -101,14 +123,31 @@ class Row:
         return f"{_lost(self)}; {_remedy([self])}" if self.badness else None
 
 
-def judge(role: str, dtypes: Sequence[torch.dtype], *, linear: bool) -> Format | None:
-    """The format that a tensor should fit, by its role in a linear layer or else by its dtypes.
+def judge(
+    role: str,
+    dtypes: Sequence[torch.dtype],
+    binades: Binades,
+    *,
+    linear: bool,
+    cast: Any = None,
+    exponent: int = 0,
+) -> Judge:
+    """What a tensor should fit: by its role in a linear layer, or else by its dtypes.
 
     Where it came in several dtypes, the narrowest range decides.
+
+    Args:
+        cast: the `mixprec.float8.Cast` of an operand that is cast already, and its exponent now.
     """
     own = [format for format in formats.ALL if format.dtype in dtypes]
     narrowest = min(own, key=lambda format: format.exponent_bits, default=None)
-    return _FP8.get(role, narrowest) if linear else narrowest
+    if cast is None:
+        return Judge(_FP8.get(role, narrowest) if linear else narrowest)
+    if cast.has_exponent:
+        return Judge(cast.format, exponent, cast.scaling)
+    if cast.scaling == "rowwise":
+        return Judge(narrowest)  # each row has a multiplier of its own, which one histogram hides
+    return Judge(cast.format, binades.highest(cast.format), cast.scaling)
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
@@ -163,7 +202,8 @@ def _lost(row: Row) -> str:
             f"{percent(rates.subnormal)} of values are in {name}'s subnormals, where digits get "
             f"lost, and {percent(row.zeros)} are 0"
         )
-    return " and ".join(lost)
+    at = f" at exponent {signed(row.exponent)}" if row.exponent else ""
+    return " and ".join(lost) + at
 
 
 def _sentence(rows: Sequence[Row]) -> str:
@@ -191,11 +231,15 @@ def _remedy_kind(row: Row) -> str:
         return "loss scale" if row.role.startswith("grad_") else "bf16"
     if row.fix is None:
         return "other recipe"
-    return "higher exponent" if row.fix > 0 else "lower exponent"
+    if row.judge.scaling == "adaptive":
+        return "wait"
+    return "higher exponent" if row.fix > row.exponent else "lower exponent"
 
 
 def _remedy(rows: Sequence[Row]) -> str:
     kind, layers = _remedy_kind(rows[0]), repr(_pattern(rows))
+    if kind == "wait":
+        return "exponents that adapt move at the next optimizer step"
     if kind == "none":
         return "no exponent mends that, so find the first layer that makes them"
     if kind == "bf16":

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mixprec
 from mixprec.binades import BINS, Binades, count
+from mixprec.float8 import Cast, Recipe
 from mixprec.watch import Watch
 from mixprec.watch_rows import Row
 
@@ -694,3 +695,83 @@ def test_gradients_of_a_mean_become_zero_and_the_last_sentence_says_so() -> None
     flushed, cause = warnings("mean")
     assert "grad_output: 99 % of values become 0 in E5M2; use exponent +" in flushed
     assert cause.startswith("Gradients become 0: a loss that is a mean over n tokens")
+
+
+# ------------------------------------------------------------------ layers in FP8 already
+
+
+def converted(recipe: Any, size: float, steps: int = 2) -> tuple[list[Tensor], Watch]:
+    """Gradients and the report of a model in FP8 whose inputs have that size."""
+    model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 32))
+    fill(model)
+    mixprec.Precision("fp8", recipe=recipe).convert(model, min_dim=16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    grads: list[Tensor] = []
+    with mixprec.watch(model) as report:
+        for step in range(steps):
+            optimizer.zero_grad()
+            x = size * random(48, 32, seed=step)
+            model(x.bfloat16()).float().square().sum().backward()
+            optimizer.step()
+            grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    return grads, report
+
+
+def test_a_layer_in_fp8_is_judged_by_its_own_cast() -> None:
+    fits = Recipe(input=Cast(exponent=-10))
+    _, report = converted(fits, 1e5)
+    row = rows_of(report)["0 input"]
+    assert (row.kind, row.exponent, row.judge.scaling) == ("Float8Linear", -10, "static")
+    assert row.fault is None and row.rates == row.binades.rates(mixprec.formats.E4M3, -10)
+    assert "judged as e4m3 at exponent -10" in report.html()
+
+    _, report = converted("static", 1e5)
+    row = rows_of(report)["0 input"]
+    assert row.fault is not None and row.fault.startswith(
+        "100 % of values are above E4M3's 448; use"
+    )
+
+    lifted = Recipe(input=Cast(exponent=12))
+    _, report = converted(lifted, 1.0)
+    row = rows_of(report)["0 input"]
+    assert row.fault == (
+        "91 % of values are above E4M3's 448 at exponent +12; use exponent 0 (-5 to +6 fit), or "
+        "overrides={'0': 'adaptive'}"
+    )
+
+
+def test_adaptive_exponents_are_those_that_they_have_come_to() -> None:
+    _, report = converted("adaptive", 1e5)
+    row = rows_of(report)["0 input"]
+    assert row.judge.scaling == "adaptive" and row.exponent < -8
+    assert row.fault is None
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_dynamic_multipliers_are_not_blamed_for_the_size_of_a_tensor(recipe: str) -> None:
+    for size in (1e-5, 1e5):
+        _, report = converted(recipe, size)
+        row = rows_of(report)["0 input"]
+        assert row.fault is None
+        assert row.format == (mixprec.formats.BF16 if recipe == "rowwise" else mixprec.formats.E4M3)
+
+
+def test_watching_a_layer_in_fp8_changes_no_bit() -> None:
+    watched, _ = converted("static", 1.0)
+    model = nn.Sequential(nn.Linear(32, 64, bias=False), nn.Tanh(), nn.Linear(64, 32))
+    fill(model)
+    mixprec.Precision("fp8", recipe="static").convert(model, min_dim=16)
+    model(random(48, 32, seed=1).bfloat16()).float().square().sum().backward()
+    plain = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(plain) == len(watched) == 3
+    assert all(map(torch.equal, plain, watched))
+
+
+def test_exponents_that_move_after_the_end_are_not_the_reports() -> None:
+    model = nn.Linear(32, 64)
+    mixprec.Precision("fp8", recipe="static").convert(model, min_dim=16)
+    with mixprec.watch(model) as report:
+        model(random(16, 32).bfloat16())
+    state: Any = model._float8
+    state.input.scale.mul_(4.0)
+    assert rows_of(report)["(model) input"].exponent == 0

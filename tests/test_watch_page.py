@@ -16,7 +16,7 @@ from mixprec import formats
 from mixprec.binades import BINS, Binades, count
 from mixprec.watch import Watch
 from mixprec.watch_page import SHOWN, page
-from mixprec.watch_rows import Row, advice
+from mixprec.watch_rows import Judge, Row, advice
 
 VOID = {"meta"}
 
@@ -57,7 +57,7 @@ def row(
 ) -> Row:
     counts = torch.zeros(BINS, dtype=torch.int64)
     count(size * torch.randn(4096, generator=torch.Generator().manual_seed(0)), counts)
-    return Row(layer, "Linear", role, ("float32",), format, Binades(counts.tolist()))
+    return Row(layer, "Linear", role, ("float32",), Judge(format), Binades(counts.tolist()))
 
 
 def report() -> Watch:
@@ -89,7 +89,7 @@ def test_a_page_holds_sentences_a_summary_and_a_strip_a_tensor() -> None:
 def test_the_summary_counts_tensors_by_what_helps_them() -> None:
     counts = torch.zeros(BINS, dtype=torch.int64)
     count(2.0 ** torch.linspace(-60, 60, 1000), counts)
-    wide = Row("wide", "Linear", "input", ("float32",), None, Binades(counts.tolist()))
+    wide = Row("wide", "Linear", "input", ("float32",), Judge(None), Binades(counts.tolist()))
     text = page([row("a", 300.0), row("b", 1e-6), row("c"), wide], [])
     cells = re.findall(r"<tr><td>(\w+)</td><td>(\d)</td><td>(\d)</td><td>(\d)</td></tr>", text)
     # In E5M2 300 fits, and 1e-6 is less than half of the smallest value for nearly all.
@@ -189,3 +189,17 @@ def test_save_writes_the_page(tmp_path: Path, convert: type[str] | type[Path]) -
     assert (tmp_path / "report.html").read_text("utf-8") == watched.html()
     with pytest.raises(FileNotFoundError):
         watched.save(tmp_path / "missing" / "report.html")
+
+
+def test_what_is_cast_already_is_drawn_as_it_is_cast() -> None:
+    plain = row("a", 2.0**12)
+    cast = Row("a", "Linear", "input", ("bfloat16",), Judge(formats.E4M3, -8), plain.binades)
+    text = page([cast], [])
+    assert '<rect class="saturated"' in page([plain], [])
+    assert set(re.findall(r'<rect class="(\w+)"', text)) <= {"kept", "subnormal", "flushed"}
+    (line,) = re.findall(r'<tr class="judged">(.*?)</tr>', text)
+    cells = re.findall(r"<td>(.*?)</td>", line)
+    assert cells[1] == "0" and cells[4] == "-8"  # nothing saturates, and the best is what is
+    start = r'judged range" stroke-width="5" d="M([\d.]+)'
+    (drawn,), (unmoved,) = re.findall(start, text), re.findall(start, page([plain], []))
+    assert float(drawn) > float(unmoved)
