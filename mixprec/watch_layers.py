@@ -148,6 +148,8 @@ def choose_layers(
     Raises:
         ValueError: if none is left, a pattern matches none, or a parameter has no shape yet.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module  # whose names people know
     owning = {_clean(name): m for name, m in model.named_modules() if _parameters(m)}
     owners: dict[int, list[str]] = {}
     for name, module in owning.items():

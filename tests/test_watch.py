@@ -775,3 +775,30 @@ def test_exponents_that_move_after_the_end_are_not_the_reports() -> None:
     state: Any = model._float8
     state.input.scale.mul_(4.0)
     assert rows_of(report)["(model) input"].exponent == 0
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_wrappers_of_torch_distributed_are_watched_under_the_models_own_names() -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = two_linears()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with mixprec.watch(parallel) as report:
+            parallel(random(5, 8)).sum().backward()
+        plain = rows_of(report)
+        assert len(plain) == 12 and plain["0 grad_weight"].binades.values == 128
+
+        sharded = two_linears()
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        with mixprec.watch(sharded) as report:
+            sharded(random(5, 8)).sum().backward()
+        rows = rows_of(report)
+        # Gradients of parameters pass no hook there.
+        assert rows.keys() == {name for name in plain if "grad_" not in name or "output" in name}
+        assert all(rows[name].binades == plain[name].binades for name in rows)
+    finally:
+        dist.destroy_process_group()
