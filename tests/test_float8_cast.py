@@ -361,6 +361,13 @@ def test_out_is_overwritten_with_its_padding_and_returned() -> None:
     check_cols(again)
 
 
+def test_a_factor_stays_when_the_exponent_moves() -> None:
+    scale = power(3)
+    operand = cast_scaled(torch.ones(1, 16), E4M3, scale)
+    scale.copy_(power(5))
+    assert operand.row_scale.item() == operand.col_scale.item() == 2.0**-3
+
+
 # ---------------------------------------- errors
 
 
