@@ -259,17 +259,37 @@ def test_zeros_and_empty_matrices(name: str) -> None:
         check(cast, torch.zeros(shape, dtype=BF16, device=DEVICE), E4M3, **options)
 
 
+@pytest.mark.parametrize("shape", [(1, 16), (200, 48), (400, 400)], ids=str)
+def test_tiles_that_are_counted_together_agree_with_plain_torch(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mixprec.float8 import cast_kernels
+
+    monkeypatch.setattr(cast_kernels, "_COUNTED_TILES", 3)
+    x = values(*shape)
+    check(scaled(1), x, E4M3)
+    x.view(-1)[:: 7 * 64] = math.inf
+    x.view(-1)[5 :: 5 * 64] = -1e30
+    x.view(-1)[9 :: 9 * 64] = 2.0**-20
+    check(scaled(1), x, E4M3)
+    check(cast_tensorwise, x, E4M3, power_of_two=True)
+
+
 def test_given_buffers_are_overwritten_with_their_padding() -> None:
     first = scaled(0)(exact_values(40, 48), E4M3)
     assert first.rows is not None and first.cols is not None
     for buffer in (first.rows, first.cols):
         buffer.view(torch.uint8).fill_(0x55)
     x = exact_values(40, 48).neg()
-    again = cast_scaled(x, E4M3, power(0), out=(first.rows, first.cols))
+    scale = power(0)
+    again = cast_scaled(x, E4M3, scale, out=(first.rows, first.cols))
+    scale.fill_(7.0)
     exact = in_plain_torch(scaled(0), x, E4M3, None)
     assert again.rows is first.rows and again.cols is first.cols
     assert not difference("rows", again.rows, exact.rows, x)
     assert not difference("cols", again.cols, exact.cols, x)
+    assert again.row_scale.item() == 1.0
+    assert again.row_scale.data_ptr() % 16 == 0 or INTERPRETED, "no product takes this factor"
 
 
 # ---------------------------------------- what only a device can show

@@ -268,26 +268,23 @@ def section_tiles() -> None:
     """Not part of a whole run: how the tiles of the kernels were chosen."""
     if not CUDA:
         return
-    import importlib
+    from mixprec.float8 import cast_kernels
 
-    kernels: Any = None
-    for name in ("mixprec.float8.cast_kernels", "mixprec.float8.kernels", "mixprec.float8_kernels"):
-        try:
-            kernels = importlib.import_module(name)
-            break
-        except ImportError:
-            continue
-    tiles = [(64, 256, 8), (64, 256, 16), (64, 128, 4), (64, 128, 8), (128, 128, 8), (128, 128, 16)]
-    tiles += [(128, 64, 4), (128, 64, 8), (64, 64, 4), (32, 256, 8), (128, 256, 16), (32, 512, 8)]
+    kernels: Any = cast_kernels
+    # Rows, columns, warps, and tiles that are counted together.
+    tiles = [(64, 128, 4, 1), (64, 128, 8, 1), (64, 128, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
+    tiles += [(64, 256, 8, 1), (64, 256, 8, 4), (128, 128, 16, 1), (128, 128, 16, 4)]
+    tiles += [(128, 64, 4, 1), (128, 64, 8, 4), (32, 256, 8, 2), (32, 256, 8, 4), (64, 64, 2, 1)]
     rows: list[list[Any]] = []
     scale = torch.tensor([2.0, 0.5], device=DEVICE)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
     shapes = [(16384, 4096), (16384, 14336)]
     inputs = {shape: [randn(*shape, seed=seed) for seed in range(2)] for shape in shapes}
     for tile in tiles:
-        chosen = dict(zip(("BLOCK_R", "BLOCK_C", "num_warps"), tile, strict=True))
+        chosen = dict(zip(("BLOCK_R", "BLOCK_C", "num_warps"), tile[:3], strict=True))
         kernels._TILE = kernels._SMALL_TILE = chosen
-        cells: list[Any] = [f"{tile[0]}x{tile[1]}, {tile[2]} warps"]
+        kernels._COUNTED_TILES = tile[3]
+        cells: list[Any] = [f"{tile[0]}x{tile[1]}, {tile[2]} warps, {tile[3]}"]
         for shape, x in inputs.items():
             turn = iter(x * 1_000_000)
             ways: dict[str, Work] = {

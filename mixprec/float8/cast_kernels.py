@@ -35,7 +35,9 @@ __all__ = ["cast_rowwise_", "cast_scaled_", "cast_tensorwise_"]
 
 _TILE = {"BLOCK_R": 64, "BLOCK_C": 256, "num_warps": 8}
 _SMALL_TILE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
-"""For kernels that need more registers: half the values a thread, as many threads on the chip."""
+"""For kernels that need more registers: half the values, by half the threads."""
+_COUNTED_TILES = 1
+"""Tiles below each other that a program counts together."""
 _AMAX_BLOCK, _AMAX_BLOCKS = 8192, 4
 _AMAX_TILE = {"BLOCK_R": 32, "BLOCK_C": 256, "TILES": 8, "num_warps": 8}
 """A program takes so many tiles below each other."""
@@ -118,10 +120,24 @@ def _store_cols(by_col, codes, rows, columns, padded, num_cols):
 
 
 @triton.jit
+def _tally(tops, counts, values, multiplier, FLUSHED: tl.constexpr):
+    """The largest magnitude and the number of flushed values of each 16 neighbours so far.
+
+    These lie in one thread, so that a tile costs no exchange between threads.
+    """
+    PARTS: tl.constexpr = (values.shape[0], values.shape[1] // 16, 16)
+    bits = _magnitude(values)
+    is_flushed = (tl.abs(values * multiplier) <= FLUSHED) & (bits != 0)
+    tops = tl.maximum(tops, tl.max(tl.reshape(bits, PARTS), axis=2))
+    return tops, counts + tl.sum(tl.reshape(is_flushed.to(tl.int32), PARTS), axis=2)
+
+
+@triton.jit
 def _count(
     counters,
+    tops,
+    counts,
     x,
-    values,
     multiplier,
     first_row,
     columns,
@@ -129,15 +145,12 @@ def _count(
     num_cols,
     FITTED: tl.constexpr,
     FITS: tl.constexpr,
-    FLUSHED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """FITTED multipliers were made for what they multiply, so that nothing saturates."""
     known = tl.load(counters)
-    is_flushed = (tl.abs(values * multiplier) <= FLUSHED) & (values != 0.0)
-    # Along rows first: these lie in one warp.
-    top = tl.max(tl.max(_magnitude(values), axis=1), axis=0)
-    flushed = tl.sum(tl.sum(is_flushed.to(tl.int32), axis=1), axis=0)
+    top = tl.max(tl.max(tops, axis=1), axis=0)
+    flushed = tl.sum(tl.sum(counts, axis=1), axis=0)
     top = tl.where(top > 0x7F800000, 0x7FC00000, top)
     if top > known:
         tl.atomic_max(counters, top.to(tl.int64), sem="relaxed")
@@ -158,7 +171,7 @@ def _count(
             num_cols,
             FITTED,
             FITS,
-            BLOCK_R,
+            ROWS,
         )
     if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
         tl.atomic_add(counters + 4, tl.cast(num_rows, tl.int64) * num_cols, sem="relaxed")
@@ -175,12 +188,12 @@ def _count_rare(
     num_cols,
     FITTED: tl.constexpr,
     FITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """In few registers, since the whole program is given as many as its hungriest part."""
     saturated = tl.full((), 0, tl.int32)
     non_finite = tl.full((), 0, tl.int32)
-    for start in range(0, BLOCK_R, 8):
+    for start in range(0, ROWS, 8):
         rows = first_row + start + tl.arange(0, 8)
         values = _load(x, rows, columns, num_rows, num_cols)
         is_finite = _magnitude(values) < 0x7F800000
@@ -214,25 +227,33 @@ def _cast_kernel(
     FLUSHED: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TILES: tl.constexpr,
 ):
+    """TILES below each other, whose counts cost one exchange between threads."""
     # No branch: it would keep all values of the tile in registers from before it to after it.
     is_first = (tl.program_id(0) == 0) & (tl.program_id(1) == 0)
     tl.store(factor, tl.load(scale + 1), mask=is_first)
-    first_row = tl.program_id(0) * BLOCK_R
-    rows = first_row + tl.arange(0, BLOCK_R)
-    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    values = _load(x, rows, columns, num_rows, num_cols)
     multiplier = tl.load(scale)
-    codes = _codes(values, multiplier, TYPE)
-    if by_row is not None:
-        _store_rows(by_row, codes, rows, columns, num_rows, num_cols)
-    if by_col is not None:
-        _store_cols(by_col, codes, rows, columns, padded, num_cols)
+    first_row = tl.program_id(0) * (BLOCK_R * TILES)
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tops = tl.zeros((BLOCK_R, BLOCK_C // 16), tl.int32)
+    counts = tl.zeros((BLOCK_R, BLOCK_C // 16), tl.int32)
+    for tile in range(TILES):
+        rows = first_row + tile * BLOCK_R + tl.arange(0, BLOCK_R)
+        values = _load(x, rows, columns, num_rows, num_cols)
+        codes = _codes(values, multiplier, TYPE)
+        if by_row is not None:
+            _store_rows(by_row, codes, rows, columns, num_rows, num_cols)
+        if by_col is not None:
+            _store_cols(by_col, codes, rows, columns, padded, num_cols)
+        if counters is not None:
+            tops, counts = _tally(tops, counts, values, multiplier, FLUSHED)
     if counters is not None:
         _count(
             counters,
+            tops,
+            counts,
             x,
-            values,
             multiplier,
             first_row,
             columns,
@@ -240,8 +261,7 @@ def _cast_kernel(
             num_cols,
             FITTED,
             FITS,
-            FLUSHED,
-            BLOCK_R,
+            BLOCK_R * TILES,
         )
 
 
@@ -300,8 +320,9 @@ def cast_scaled_(
     numbers = _FORMATS[format.name]
     tile = _TILE if counters is None and x.shape[1] % 16 == 0 else _SMALL_TILE
     factor = torch.empty(1, dtype=torch.float32, device=x.device)
+    tiles = 1 if counters is None else _COUNTED_TILES
     with _on(x):
-        _cast_kernel[_grid(x, tile)](
+        _cast_kernel[_grid(x, tile, tiles)](
             x,
             by_row,
             by_col,
@@ -314,6 +335,7 @@ def cast_scaled_(
             FITTED=fitted,
             FITS=numbers["FITS"],
             FLUSHED=numbers["FLUSHED"],
+            TILES=tiles,
             **tile,
         )
     return factor
@@ -437,10 +459,13 @@ def _rowwise_cast_kernel(
         codes = _codes(values, multiplier, TYPE)
         _store_rows(by_row, codes, rows, columns, num_rows, num_cols)
     if counters is not None:  # by the multipliers of the rows, if there are any
+        none = tl.zeros((BLOCK_R, BLOCK_C // 16), tl.int32)
+        tops, counts = _tally(none, none, values, multiplier, FLUSHED)
         _count(
             counters,
+            tops,
+            counts,
             x,
-            values,
             multiplier,
             first_row,
             columns,
@@ -448,7 +473,6 @@ def _rowwise_cast_kernel(
             num_cols,
             True,
             FITS,
-            FLUSHED,
             BLOCK_R,
         )
 
@@ -504,9 +528,11 @@ def cast_rowwise_(
 # ---------------------------------------- launching
 
 
-def _grid(x: Tensor, tile: dict[str, int]) -> tuple[int, int]:
+def _grid(x: Tensor, tile: dict[str, int], tiles: int = 1) -> tuple[int, int]:
     """Neighbours are below each other: what they write of a column is in the same lines."""
-    return triton.cdiv(x.shape[0], tile["BLOCK_R"]), triton.cdiv(x.shape[1], tile["BLOCK_C"])
+    return triton.cdiv(x.shape[0], tile["BLOCK_R"] * tiles), triton.cdiv(
+        x.shape[1], tile["BLOCK_C"]
+    )
 
 
 def _padded(x: Tensor) -> int:
