@@ -153,6 +153,11 @@ def swap_its_states(weight: Any, state: Any) -> None:
     state[weight].update({k: v.clone() for k, v in state[weight].items()})
 
 
+def move_its_states(weight: Any, state: Any) -> None:
+    for value in state[weight].values():
+        value.data = value.data.clone()  # as they are sent to the host and back
+
+
 def swap_its_entry(weight: Any, state: Any) -> None:
     state[weight] = dict(state[weight])
 
@@ -161,7 +166,7 @@ TURNING = (transpose, turn_its_gradient)
 
 EDITS = (
     *(*TURNING, move, widen_its_gradient, make_its_gradient_sparse),
-    *(drop_its_gradient, swap_its_states, swap_its_entry),
+    *(drop_its_gradient, swap_its_states, move_its_states, swap_its_entry),
 )
 
 
@@ -185,6 +190,22 @@ def test_what_is_changed_between_two_steps_is_noticed(edit: Any, place: int, mas
         return frozen([optimizer.state_dict(), masters_now, [p.detach() for p in weights]])
 
     assert difference(steps(False), steps(True)) == ""
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize("edit", [move, swap_its_states, move_its_states, swap_its_entry])
+def test_a_plan_is_made_anew_where_something_has_moved_and_else_not(edit: Any, place: int) -> None:
+    weights = params()
+    optimizer = mixprec.MixedPrecision(AdamW(weights), fused=True)
+    plans: list[Any] = []
+    for step in range(5):
+        for p in weights:
+            p.grad = torch.ones_like(p)
+        if step == 3:
+            edit(weights[place], optimizer.state)
+        optimizer.step()
+        plans.append(optimizer._fused._plan)
+    assert plans[1] is plans[2] and plans[2] is not plans[3] and plans[3] is plans[4]
 
 
 def test_a_launch_reads_gradients_of_the_dtype_that_they_have() -> None:

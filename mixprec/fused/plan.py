@@ -8,7 +8,8 @@ another plan in the way makes a new one, which takes milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, itemgetter
 from typing import Any, cast
@@ -125,6 +126,8 @@ class Plan:
         self._readers: list[tuple[Callable[[Any], Any], list[Entry]]] = []
         self._stored: list[list[Any]] = []
         self._single: list[tuple[Entry, str, Tensor]] = []
+        self._memory: list[Any] = []
+        self._freed: list[Any] = []
         self._full: list[Tensor] = []
         self._versions: list[int] = []
 
@@ -146,11 +149,23 @@ class Plan:
         self._stored = [list(map(read, entries)) for read, entries in self._readers]
         self._all_entries = list(self._state.values())
         self._versions = list(map(_version, self._full))
+        self._watch(
+            tensor for batch in batches for held in batch.tensors for tensor in held.values()
+        )
+
+    def _watch(self, tensors: Iterable[Tensor]) -> None:
+        """Hear of it when memory is freed: `state.data = ...` moves a tensor, which stays itself.
+
+        This costs a step nothing; to ask every state where it lies takes longer than all the rest.
+        """
+        freed = self._freed = []
+        self._memory = [weakref.ref(tensor.untyped_storage(), freed.append) for tensor in tensors]
 
     def holds(self, inner: Optimizer, members: Members) -> bool:
         """Whether the same parameters step and everything still lies where it lay."""
         return (
-            self._state is inner.state
+            not self._freed
+            and self._state is inner.state
             and (members.kind is self._kind or self._are_ours(members))
             and self._weights.holds(self._params)
             and list(map(Tensor.data_ptr, self._params)) == self._addresses
