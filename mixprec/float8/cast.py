@@ -304,12 +304,12 @@ def _count(
 ) -> None:
     if counters is None or not x.numel():
         return
-    finite, wide = x.isfinite(), x.float()
-    too_large = ((wide * multiplier).abs() > largest_that_fits(format)) & finite
+    lost, wide = codes == _NAN_BYTE, x.float()
+    too_large = ((wide * multiplier).abs() > largest_that_fits(format)) & ~lost
     flushed = (x != 0) & (codes & 0x7F == 0)
     amax = wide.view(torch.int32).bitwise_and(0x7FFFFFFF).amax()
     amax = torch.where(amax > _INF, _NAN, amax)
     counters[AMAX_BITS] = torch.maximum(counters[AMAX_BITS], amax)
-    sums = torch.stack([too_large.sum(), flushed.sum(), (~finite).sum()])
+    sums = torch.stack([too_large.sum(), flushed.sum(), lost.sum()])
     counters[SATURATED : NON_FINITE + 1] += sums
     counters[SEEN] += x.numel()
