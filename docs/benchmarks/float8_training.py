@@ -74,9 +74,9 @@ class Run:
     unit: bool
     recipe: str | None = None
     mean: bool = False
-    """Whether gradients have the size of a mean over the step's tokens, or of their sum."""
+    """Whether gradients have the size of a mean over 2^18 tokens, or of a sum."""
     nudged: bool = False
-    """Whether initial weights are off by 2^-12 of themselves: two runs that differ in nothing that
+    """Whether initial weights are off by 2^-6 of themselves: two runs that differ in nothing that
     matters end so far apart."""
 
 
@@ -162,7 +162,7 @@ def make_model(run: Run, size: Size, seed: int) -> nn.Module:
     if run.nudged:
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.mul_(1 + 2**-12 * torch.randn_like(parameter))
+                parameter.mul_(1 + 2**-6 * torch.randn_like(parameter))
     return model
 
 
@@ -203,7 +203,7 @@ def train(run: Run, size: Size, text: Tensor, seed: int, compile: bool) -> Outco
     )
     optimizer = mixprec.MixedPrecision(torch.optim.AdamW(groups, lr=size.lr, **options))
     num_tokens = size.micro_batches * size.rows * size.context
-    presumed = 1 << round(math.log2(num_tokens)) if run.mean else 1
+    presumed = 2**18 if run.mean else 1
     accumulator = mixprec.GradientAccumulator(optimizer, presumed_tokens=presumed)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, size))
     if compile:
