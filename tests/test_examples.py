@@ -201,3 +201,24 @@ def test_sharded_head_learns_on_two_ranks() -> None:
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("recipe", ["adaptive", "static"])
+def test_the_fp8_example_learns_and_says_what_its_casts_lost(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = EXAMPLES / "train_fp8.py"
+    monkeypatch.setattr(sys, "argv", [str(example), "--steps", "20", "--recipe", recipe])
+    runpy.run_path(str(example), run_name="__main__")
+    printed = capsys.readouterr().out.splitlines()
+    assert "10 of 10 linear layers in FP8, with 100 % of their weights" in printed
+    (loss,) = [float(line.split()[-1]) for line in printed if line.startswith("step 20")]
+    assert loss < 4.0  # from ln 256 = 5.55, that of a model that knows nothing
+    rows = [line for line in printed if f" {recipe} " in line and line.startswith("blocks.")]
+    assert {line.split()[1] for line in rows} == {"input", "weight", "grad_output"}
+    assert printed[-1] == "no operand loses more than FP8 has to"
+
+
+def test_the_fp8_example_is_less_than_a_page() -> None:
+    source = (EXAMPLES / "train_fp8.py").read_text()
+    assert len(source.splitlines()) < 100 and "from mixprec" not in source
