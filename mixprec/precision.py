@@ -264,9 +264,15 @@ class Precision:
         else:
             yield f"Gradients have the range of FP32 in {compute}: no loss scale is needed."
         if self.recipe is not None:
+            follows = "their scales follow gradients of any size."
+            if self.recipe.grad_output.scaling == "static":
+                follows = (
+                    "sum the loss over tokens, with presumed_tokens=1 in a GradientAccumulator, so "
+                    "that gradients stay in range."
+                )
             yield (
                 f"Linear layers that convert() names read their operands in 8 bits (recipe "
-                f"{self.recipe}): sum the loss over tokens, so that gradients stay in range."
+                f"{self.recipe}): {follows}"
             )
         sums = "exact enough for any number of micro-batches"
         if grads != FP32:

@@ -74,7 +74,9 @@ def test_a_precision_tells_its_recipe_and_reads_it_back() -> None:
     assert Precision.parse(str(precision)) == precision
     assert Precision.parse("fp8") == Precision("fp8") == Precision("bf16", recipe="adaptive")
     assert Precision("bf16").recipe is None
-    assert "read their operands in 8 bits (recipe rowwise): sum the loss" in precision.explain()
+    assert "read their operands in 8 bits (recipe rowwise): their scales" in precision.explain()
+    static = Precision("fp8", recipe="static").explain()
+    assert "8 bits (recipe static): sum the loss over tokens, with presumed_tokens=1" in static
 
 
 def test_a_recipe_without_a_name_is_told_by_its_operands() -> None:
