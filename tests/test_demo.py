@@ -22,19 +22,22 @@ from mixprec.cli import demo, demo_runs, demo_text, main
 from mixprec.cli.curves import SOUND, Curve, draw_svg, draw_text
 from mixprec.cli.demo_model import LanguageModel
 from mixprec.cli.demo_report import Report
-from mixprec.cli.demo_runs import RUNS, Outcome, Settings, train
+from mixprec.cli.demo_runs import RUNS, Outcome, Run, Settings, train
 from mixprec.cli.demo_text import PADDING, Corpus, read_text
 from mixprec.cli.progress import Progress
+from mixprec.float8.conversion import float8_layers
 from mixprec.formats import FP32
 
 DOCS = Path(__file__).parent.parent / "docs"
-TINY = Settings(steps=3, width=8, depth=1, context=24, micro_batches=2, held_out=4, warmup=1)
+TINY = Settings(steps=3, width=16, depth=1, context=24, micro_batches=2, held_out=4, warmup=1)
 ENDS = {
     "fp32": 2.95,
     "bf16 with masters": 2.951,
     "bf16 without masters": 3.2,
     "fp16 with a loss scale": 2.9499,
     "fp16 without a loss scale": 3.5,
+    "fp8 with exponents": 2.953,
+    "fp8 without exponents": 3.8,
 }
 """Held-out losses of a demo that ends as it should."""
 
@@ -52,7 +55,7 @@ def train_all(seed: int = 0) -> list[Outcome]:
 def report(**ends: float) -> Report:
     """One as after the default steps, with these final losses instead of `ENDS`."""
     losses = {**ENDS, **ends}
-    made = Report(Settings(), "a text", 0.5, "a CPU", ["BF16", "FP16"])
+    made = Report(Settings(), "a text", 0.5, "a CPU", ["BF16", "FP16", "FP8"])
     for run in RUNS:
         curve = [5.6, 4.0, losses[run.name]]
         outcome = Outcome(run, run.format != FP32, 1000, [0, 125, 250], curve, seconds=1.0)
@@ -88,8 +91,10 @@ def test_json_is_all_that_goes_to_stdout_and_equals_the_file(
         assert len(run["held_out_losses"]) == 3 and len(run["train_losses"]) == 2
         assert run["held_out_loss"] == run["held_out_losses"][-1]
         assert run["above_fp32"] == run["held_out_loss"] - results["runs"][0]["held_out_loss"]
-    assert [run["loss_scale"] for run in results["runs"]] == [None, None, None, 2.0**16, None]
-    assert "1/5 fp32  step 2/2" in captured.err
+    assert [run["loss_scale"] for run in results["runs"]] == [
+        *(None, None, None, 2.0**16, None, None, None)
+    ]
+    assert "1/7 fp32  step 2/2" in captured.err
     assert len(svg_text((tmp_path / "demo.svg").read_text())) > 10
 
 
@@ -275,8 +280,8 @@ def test_all_runs_start_from_the_same_weights_and_read_the_same_text() -> None:
     # Weights are rounded to 16 bits, 2^-9 of each, and so are activations: far below a nat.
     assert max(starts) - min(starts) < 2e-3
     assert len({outcome.num_tokens for outcome in outcomes}) == 1
-    assert [outcome.skipped_steps for outcome in outcomes] == [0] * 5
-    assert [len(outcome.train_losses) for outcome in outcomes] == [TINY.steps] * 5
+    assert [outcome.skipped_steps for outcome in outcomes] == [0] * len(RUNS)
+    assert [len(outcome.train_losses) for outcome in outcomes] == [TINY.steps] * len(RUNS)
 
 
 def test_weights_are_stored_in_the_run_s_format_and_trained_in_fp32_if_there_are_masters() -> None:
@@ -309,20 +314,35 @@ def test_each_fault_is_seen_where_it_is_and_nowhere_else() -> None:
     assert max(unmoved.values()) < 0.01
     subnormal = {outcome.run.name: outcome.subnormal_grads for outcome in train_all()}
     assert subnormal.pop("fp16 without a loss scale") > 0.9
+    assert subnormal.pop("fp8 without exponents") > 0.9
     assert max(subnormal.values()) < 0.05
 
 
 @pytest.mark.slow
-def test_the_default_demo_shows_what_masters_and_a_loss_scale_are_for() -> None:
+def test_the_default_demo_shows_what_masters_and_scales_are_for() -> None:
     made = demo.run_all(Settings(), io.StringIO())
     assert made.as_expected, made.table()
-    masters_missing, scale_missing = made.outcomes[2], made.outcomes[4]
+    masters_missing, scale_missing, exponents_missing = made.outcomes[2::2]
     assert made.gap(masters_missing) > 0.15 and masters_missing.unmoved > 0.5
     assert made.gap(scale_missing) > 0.3 and scale_missing.subnormal_grads > 0.99
+    assert made.gap(exponents_missing) > 0.5 and exponents_missing.subnormal_grads > 0.99
     for outcome in made.outcomes:
         if outcome.run.sound:
             assert abs(made.gap(outcome)) <= 0.005
             assert outcome.unmoved < 0.01 and outcome.subnormal_grads < 0.01
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run.recipe], ids=lambda run: run.name)
+def test_hidden_layers_of_fp8_runs_are_in_fp8_and_nothing_else_is(run: Run) -> None:
+    training = demo_runs._Training(run, TINY, torch.device("cpu"))
+    names = [name for name, _ in float8_layers(training.model)]
+    hidden = ("queries_keys_values", "attention_out", "gate_and_up", "down")
+    assert names == [f"blocks.0.{name}" for name in hidden]
+    plain = demo_runs._Training(RUNS[1], TINY, torch.device("cpu")).model
+    for (name, weight), other in zip(
+        training.model.named_parameters(), plain.parameters(), strict=True
+    ):
+        assert torch.equal(weight, other), name
 
 
 # ----------------------------------------------------------------------------------------- report
@@ -331,21 +351,21 @@ def test_the_default_demo_shows_what_masters_and_a_loss_scale_are_for() -> None:
 def test_a_run_is_equal_close_worse_or_diverged_by_its_distance_from_fp32() -> None:
     made = report(**{"bf16 with masters": 2.956, "fp16 without a loss scale": math.nan})
     verdicts = [made.verdict(outcome) for outcome in made.outcomes]
-    assert verdicts == ["reference", "close", "worse", "equal", "diverged"]
+    assert verdicts == ["reference", "close", "worse", "equal", "diverged", "equal", "worse"]
 
 
 def test_findings_are_claimed_only_where_the_runs_bear_them_out() -> None:
     good, bad = report(), report(**{"bf16 without masters": 2.96})
     assert good.as_expected and not bad.as_expected
-    assert "The others end within 0.0010 of fp32." in good.findings()
+    assert "The others end within 0.0030 of fp32." in good.findings()
     assert (
         "bf16 without masters: 75% of updates round to nothing; mixprec.MixedPrecision"
         in good.findings()
     )
     assert "These runs did not end as they should" in bad.findings()
     assert "try another --seed" in bad.findings()
-    assert good.picture().title.startswith("BF16 needs FP32 masters")
-    assert bad.picture().title == "One training in five precisions"
+    assert good.picture().title.startswith("BF16 needs FP32 masters, FP16 a loss scale")
+    assert bad.picture().title == "One training in seven precisions"
 
     short = replace(bad, settings=replace(bad.settings, steps=10))
     assert "10 steps are too few to tell; the default is 250." in short.findings()
@@ -364,9 +384,10 @@ def test_a_loss_that_is_not_a_number_is_null_in_json() -> None:
 def test_the_svg_names_every_curve_with_its_distance_and_says_how_it_was_made() -> None:
     made = report()
     texts = svg_text(draw_svg(made.curves(), made.picture()))
-    values = ("2.9500", "+0.0010", "+0.2500", "-0.0001", "+0.5500")
+    values = ("2.9500", "+0.0010", "+0.2500", "-0.0001", "+0.5500", "+0.0030", "+0.8500")
     assert {name + value for name, value in zip(ENDS, values, strict=True)} <= set(texts)
     assert "75% of updates round to nothing" in texts and "100% of gradients are subnormal" in texts
+    assert "100% of gradients are zero" in texts
     assert {"held-out loss, nats per byte", "optimizer steps"} <= set(texts)
     caption = "\n".join(texts[-3:])
     for fact in ("seed 0", "250 steps", "50% padding", "Python 3", "emulated on a CPU"):

@@ -22,7 +22,7 @@ from mixprec.cli.demo_text import PADDING, Corpus, model_input, read_text
 from mixprec.cross_entropy import linear_cross_entropy
 
 SETTINGS = Settings()
-FP32_RUN, *OTHERS = RUNS
+FP32_RUN, *OTHERS = [run for run in RUNS if run.recipe is None]
 UNSCALED = next(run for run in RUNS if run.name == "fp16 without a loss scale")
 
 

@@ -16,7 +16,7 @@ import mixprec
 __all__ = ["main"]
 
 COMMANDS = {
-    "demo": "train a small model in five precisions, side by side, and draw the curves",
+    "demo": "train a small model in seven precisions, side by side, and draw the curves",
     "doctor": "say what this machine does with each format, and which one to use",
     "formats": "list the number formats, or show what each makes of a number",
     "umup": "print the learning rate of every parameter of a model, and why",

@@ -37,8 +37,13 @@ SOUND = (
     Stroke("#b4bac3", "#6b7480", 9),
     Stroke("#56b4e9", "#2a86c0", 5),
     Stroke("#005083", "#d9eefb", 1.8, "7 4"),
+    Stroke("#009e73", "#5fd3b0", 1.8, "2 5"),
 )
-FAULTY = (Stroke("#aa3377", "#e58cc0", 3), Stroke("#d55e00", "#ff9a4d", 3))
+FAULTY = (
+    Stroke("#aa3377", "#e58cc0", 3),
+    Stroke("#d55e00", "#ff9a4d", 3),
+    Stroke("#8a6d00", "#e0c04d", 3),
+)
 
 
 @dataclass(frozen=True)

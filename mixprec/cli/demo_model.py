@@ -11,6 +11,9 @@ Autograd casts every gradient back to its tensor's dtype, so the same line emula
 the backward pass. Weights, activations and gradients are stored in 16 bits all along. The price is
 an FP32 copy of both operands while a product runs. What it leaves out is the rounding inside 16-bit
 attention kernels, between the softmax and its second product.
+
+Hidden layers that are to run in FP8 are plain `nn.Linear`, for `Precision("fp8").convert`, which
+emulates where it has to.
 """
 
 from __future__ import annotations
@@ -43,12 +46,13 @@ class LanguageModel(nn.Module):
         depth: int,
         num_heads: int,
         emulate: bool = False,
+        float8: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.head_width = width // num_heads
         self.embedding = nn.Embedding(VOCAB, width)
-        self.blocks = nn.ModuleList(_Block(width, num_heads, emulate) for _ in range(depth))
+        self.blocks = nn.ModuleList(_Block(width, num_heads, emulate, float8) for _ in range(depth))
         self.norm = _RMSNorm(width)
         self.head = _Linear(width, VOCAB, emulate)
         for weight in self.parameters():
@@ -83,6 +87,12 @@ class _Linear(nn.Module):
         return F.linear(x, self.weight)
 
 
+def _hidden(fan_in: int, fan_out: int, emulate: bool, float8: bool) -> nn.Module:
+    if float8:
+        return nn.Linear(fan_in, fan_out, bias=False)
+    return _Linear(fan_in, fan_out, emulate)
+
+
 class _RMSNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -93,16 +103,16 @@ class _RMSNorm(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, num_heads: int, emulate: bool) -> None:
+    def __init__(self, width: int, num_heads: int, emulate: bool, float8: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.emulate = emulate
         self.attention_norm = _RMSNorm(width)
-        self.queries_keys_values = _Linear(width, 3 * width, emulate)
-        self.attention_out = _Linear(width, width, emulate)
+        self.queries_keys_values = _hidden(width, 3 * width, emulate, float8)
+        self.attention_out = _hidden(width, width, emulate, float8)
         self.mlp_norm = _RMSNorm(width)
-        self.gate_and_up = _Linear(width, 6 * width, emulate)
-        self.down = _Linear(3 * width, width, emulate)
+        self.gate_and_up = _hidden(width, 6 * width, emulate, float8)
+        self.down = _hidden(3 * width, width, emulate, float8)
 
     def forward(self, hidden: Tensor, rotation: Tensor) -> Tensor:
         hidden = hidden + self.attention_out(self._attend(self.attention_norm(hidden), rotation))

@@ -43,9 +43,11 @@ class Report:
         """How products of 16-bit matrices are made, a sentence."""
         if not self.emulated:
             return f"16-bit kernels of {self.device}."
+        *first, last = self.emulated
+        names = f"{', '.join(first)} and {last}" if first else last
         return (
-            f"{' and '.join(self.emulated)} emulated on {self.device}: stored in 16 bits, "
-            f"multiplied in FP32, rounded once."
+            f"{names} emulated on {self.device}: stored in 16 bits, multiplied in FP32, rounded "
+            f"once."
         )
 
     def gap(self, outcome: Outcome) -> float:
@@ -123,6 +125,8 @@ class Report:
     def _reason(self, outcome: Outcome) -> str:
         if outcome.run.bare:
             return f"{outcome.unmoved:.0%} of updates round to nothing"
+        if outcome.run.recipe:
+            return f"{outcome.subnormal_grads:.0%} of gradients are zero"
         return f"{outcome.subnormal_grads:.0%} of gradients are subnormal"
 
     def curves(self) -> list[Curve]:
@@ -149,12 +153,12 @@ class Report:
         first, settings = self.outcomes[0], self.settings
         return Picture(
             title=(
-                "BF16 needs FP32 masters; FP16 needs a loss scale too"
+                "BF16 needs FP32 masters, FP16 a loss scale, FP8 exponents"
                 if self.as_expected
-                else "One training in five precisions"
+                else "One training in seven precisions"
             ),
             subtitle=(
-                "Five runs of one small language model: same text, same initial weights. "
+                "Seven runs of one small language model: same text, same initial weights. "
                 "Numbers: distance from fp32."
             ),
             x_label="optimizer steps",
@@ -195,6 +199,7 @@ class Report:
             "format": run.format.name,
             "masters": run.masters,
             "loss_scaling": run.loss_scaling,
+            "recipe": run.recipe,
             "verdict": self.verdict(outcome),
             "held_out_loss": _finite(outcome.held_out_loss),
             "above_fp32": _finite(self.gap(outcome)),
@@ -206,6 +211,8 @@ class Report:
 def _remedy(outcome: Outcome) -> str:
     if outcome.run.bare:
         return "mixprec.MixedPrecision keeps them"
+    if outcome.run.recipe:
+        return 'recipe="adaptive" of mixprec.Precision keeps them in range'
     return "mixprec.DynamicLossScaler lifts them"
 
 

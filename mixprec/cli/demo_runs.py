@@ -1,4 +1,4 @@
-"""Five ways to train one model: what is stored in which format, what helps, and one loop for all.
+"""Seven ways to train one model: what is stored in which format, what helps, and one loop for all.
 
 Each run differs from a sound one in a single thing. The same for all: initial weights, the order of
 the text, AdamW with its schedule, and the sentences held out to measure the loss. So runs compare
@@ -26,9 +26,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from mixprec.accumulation import GradientAccumulator
 from mixprec.cli.demo_model import LanguageModel
 from mixprec.cli.demo_text import PADDING, Corpus, model_input
-from mixprec.formats import BF16, FP16, FP32, Format
+from mixprec.float8.products import ALIGNMENT, has_units
+from mixprec.formats import BF16, E4M3, FP16, FP32, Format
 from mixprec.loss_scaling import DynamicLossScaler
 from mixprec.optimizer import MixedPrecision
+from mixprec.precision import Precision
 
 __all__ = ["RUNS", "Outcome", "Run", "Settings", "emulated", "train"]
 
@@ -70,11 +72,13 @@ class Run:
     format: Format
     masters: bool = False
     loss_scaling: bool = False
+    recipe: str | None = None
+    """Of the hidden layers' products in FP8."""
 
     @property
     def sound(self) -> bool:
         """Nothing that the format needs is missing."""
-        scaled = self.loss_scaling or self.format != FP16
+        scaled = self.loss_scaling or (self.format != FP16 and self.recipe != "static")
         return self.format == FP32 or (self.masters and scaled)
 
     @property
@@ -89,6 +93,8 @@ RUNS = (
     Run("bf16 without masters", BF16),
     Run("fp16 with a loss scale", FP16, masters=True, loss_scaling=True),
     Run("fp16 without a loss scale", FP16, masters=True),
+    Run("fp8 with exponents", BF16, masters=True, recipe="adaptive"),
+    Run("fp8 without exponents", BF16, masters=True, recipe="static"),
 )
 
 
@@ -131,6 +137,8 @@ def emulated(device: torch.device, format: Format) -> bool:
     Always on a CPU: most have no 16-bit units, where torch is some eight times slower than in FP32,
     and those that have them gain nothing with matrices this small. So all draw the same picture.
     """
+    if format == E4M3:
+        return not has_units(device)
     if device.type == "cpu":
         return format != FP32
     return format == BF16 and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -162,16 +170,20 @@ class _Training:
     """Model and optimizer of one run; what is done with them is noted in `outcome`."""
 
     def __init__(self, run: Run, settings: Settings, device: torch.device) -> None:
-        self.outcome = Outcome(run, emulated(device, run.format))
+        self.outcome = Outcome(run, emulated(device, E4M3 if run.recipe else run.format))
         self.presumed_tokens = settings.presumed_tokens
         model = LanguageModel(
             width=settings.width,
             depth=settings.depth,
             num_heads=settings.num_heads,
-            emulate=self.outcome.emulated,
+            emulate=emulated(device, run.format),
+            float8=run.recipe is not None,
             generator=torch.Generator().manual_seed(settings.seed),
         )
         self.model = model.to(device, run.format.dtype)
+        if run.recipe is not None:
+            precision = Precision("fp8", recipe=run.recipe)
+            precision.convert(self.model, keep_fp32=(), min_dim=ALIGNMENT)
         rule = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=settings.betas)
         self.outcome.num_parameters = sum(weight.numel() for weight in model.parameters())
         self.schedule = LambdaLR(rule, lambda done: _warmup_then_cosine(done, settings))
