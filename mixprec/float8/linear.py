@@ -23,6 +23,7 @@ from mixprec.float8.cast import Operand8
 from mixprec.float8.operand import Operand
 from mixprec.float8.products import scaled_product
 from mixprec.float8.recipe import OPERANDS, Recipe
+from mixprec.float8.tensor_parallel import Shards, is_dtensor
 from mixprec.float8.weight import CachedWeight
 
 __all__ = ["Float8Layer", "Float8Linear", "Float8State", "float8_linear"]
@@ -38,6 +39,15 @@ class Float8Layer(nn.Linear):
         super()._apply(fn, recurse)
         self._float8.weight.allocate(self.weight)
         return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None:
+            self._float8.weight.put(param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # FSDP2 puts parameters into a module past `register_parameter` unless this is overridden.
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, float8={self._float8.recipe}"
@@ -92,17 +102,37 @@ def float8_linear(
     """`F.linear(input, weight, bias)` by the recipe of `state`.
 
     Args:
-        input: `[..., in_features]`, BF16, FP16 or FP32; any number of tokens, or none.
+        input: `[..., in_features]`, BF16, FP16 or FP32; any number of tokens, or none. A DTensor if
+            `weight` is one.
         weight: `[out_features, in_features]`, both multiples of 16, of the dtype of `input` unless
-            autocast is on.
+            autocast is on. A DTensor is multiplied shard by shard, see `Shards`.
         bias: `[out_features]`, of the dtype of `weight`.
 
     Returns:
         `[..., out_features]` in the dtype of `input`, or in that of autocast.
 
     Raises:
-        TypeError: for an input of another dtype.
+        TypeError: for an input of another dtype, or a DTensor where `weight` is none.
+        ValueError: for a DTensor whose shards are no multiples of 16.
     """
+    if not (is_dtensor(weight) or is_dtensor(input)):
+        return _linear(input, weight, bias, state, multipliers, input, weight)
+    shards = Shards(input, weight, bias)
+    operands = shards.input, shards.weight, shards.bias
+    sources = shards.input_source, shards.weight_source
+    return shards.result(_linear(*operands, state, multipliers, *sources))
+
+
+def _linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Float8State,
+    multipliers: Multipliers,
+    input_source: Tensor,
+    weight_source: Tensor,
+) -> Tensor:
+    """`float8_linear` of plain tensors, by casts of the sources: the same values, no views."""
     dtype = _dtype_of_output(input, weight)
     matrix = input.reshape(-1, input.shape[-1])
     for_weight = torch.is_grad_enabled() and weight.requires_grad
@@ -110,17 +140,18 @@ def float8_linear(
     with torch.no_grad():
         x8 = _cast_input(
             state,
-            input,
+            input_source,
             matrix,
             rows="output" in products,
             cols=for_weight and "grad_weight" in products,
         )
-        w8 = state.weight(weight, multipliers.output, multipliers.grad_input)
+        w8 = state.weight(weight_source, multipliers.output, multipliers.grad_input)
     dy = state.grad_output
     if not torch.compiler.is_compiling():
         dy.move_to(input.device)
+    traced = dy.scale, dy.counters, state.weight.operand.scale
     output: Tensor = _Float8Linear.apply(
-        matrix, weight, bias, *_once(x8), *w8, dy.scale, dy.counters, state, multipliers, dtype
+        matrix, weight, bias, *_once(x8), *_once(w8), *traced, state, multipliers, dtype
     )
     return output.view(*input.shape[:-1], weight.shape[0])
 
@@ -143,11 +174,12 @@ class _Float8Linear(Function):
         x_row_scale: Tensor,
         x_col_scale: Tensor | None,
         w_rows: Tensor,
-        w_cols: Tensor,
+        w_cols: Tensor | None,
         w_row_scale: Tensor,
-        w_col_scale: Tensor,
+        w_col_scale: Tensor | None,
         dy_scale: Tensor,
         dy_counters: Tensor,
+        w_scale: Tensor,
         state: Float8State,
         multipliers: Multipliers,
         dtype: torch.dtype,
@@ -156,13 +188,13 @@ class _Float8Linear(Function):
         ctx.save_for_backward(
             x_cols if "grad_weight" in products else x,
             x_row_scale if x_col_scale is None else x_col_scale,
-            w_cols if "grad_input" in products else weight,
+            weight if w_cols is None or "grad_input" not in products else w_cols,
             w_col_scale,
             # Only the compiler needs them here. Autograd would not let the exponent move before
             # the backward pass, and dY may well be cast by the newest.
-            *((dy_scale, dy_counters) if torch.compiler.is_compiling() else ()),
+            *((dy_scale, dy_counters, w_scale) if torch.compiler.is_compiling() else ()),
         )
-        ctx.state, ctx.multipliers = state, multipliers
+        ctx.state, ctx.multipliers, ctx.casts_late = state, multipliers, w_cols is None
         ctx.dtypes = x.dtype, _dtype_of_gradient(weight), None if bias is None else bias.dtype
         if bias is not None:
             bias = bias.to(dtype)
@@ -177,7 +209,7 @@ class _Float8Linear(Function):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             _refuse_second_derivative()
-        x, x_scale, w, w_scale, *counted = ctx.saved_tensors
+        x, x_scale, w, w_scale, *traced = ctx.saved_tensors
         state: Float8State = ctx.state
         products, fast = state.recipe.products, state.recipe.fast_accumulation
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
@@ -188,8 +220,10 @@ class _Float8Linear(Function):
             "cols": for_weight and "grad_weight" in products,
         }
         cast = state.grad_output.traced if compiling else state.grad_output
-        dy8 = cast(dy, *counted, **wanted)
+        dy8 = cast(dy, *traced[:2], **wanted)
         if dy8.rows is not None:
+            if ctx.casts_late:
+                w, w_scale = state.weight.late_cols(w, dy, ctx.multipliers.grad_input, *traced[2:])
             dx = scaled_product(
                 dy8.rows, w, dy8.row_scale, w_scale, None, x_dtype, "grad_input" in fast
             )
@@ -203,7 +237,7 @@ class _Float8Linear(Function):
             dweight = (dy.t() @ x.to(dy.dtype)).to(weight_dtype)
         if for_bias:
             dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
-        return dx, dweight, dbias, *[None] * 13
+        return dx, dweight, dbias, *[None] * 14
 
 
 def _in_16_bits(left: Tensor, right: Tensor, alpha: float, bias: Tensor | None) -> Tensor:

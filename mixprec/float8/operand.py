@@ -105,7 +105,7 @@ class Operand:
 
 
 def cast_as(
-    plan: Cast, x: Tensor, scale: Tensor, counters: Tensor, rows: bool, cols: bool
+    plan: Cast, x: Tensor, scale: Tensor, counters: Tensor | None, rows: bool, cols: bool
 ) -> Operand8:
     """`x` cast as `plan` says; `scale` is read if the plan has an exponent."""
     format, pow2 = plan.format, plan.power_of_two

@@ -7,6 +7,10 @@ the counter, through `.data`). While a CUDA graph is captured it is cast, so tha
 
 The price is two bytes a parameter. Constant factors of the layer's products are folded into the
 scales of its weight, where they cost nothing.
+
+A weight that FSDP2 gathers for each use, and frees again, gets no copy that stays: two bytes for
+each parameter of the whole would be more than its shards take. Its rows are cast in the forward
+pass, and its columns in the backward pass, from what is gathered anew for that.
 """
 
 from __future__ import annotations
@@ -20,11 +24,15 @@ from torch import Tensor
 from mixprec import formats
 from mixprec.float8.cast import Operand8, cast_scaled
 from mixprec.float8.exponents import follow_weight
+from mixprec.float8.late_cast import late_cast
 from mixprec.float8.operand import Operand, cast_as
 from mixprec.float8.operators import operator
 from mixprec.float8.recipe import Cast
+from mixprec.gradients import local
 
 __all__ = ["CachedWeight"]
+
+_UNKNOWN = "unknown"
 
 
 class CachedWeight:
@@ -38,16 +46,33 @@ class CachedWeight:
     def __init__(self, operand: Operand, weight: Tensor) -> None:
         self.operand = operand
         self.held: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self.is_gathered = False
+        """Whether the weight is whole only while it is used, as under FSDP2."""
+        self._placements: Any = _UNKNOWN
+        # No reference, not even a weak one: `Module.to` could not swap such a DTensor.
+        self._put: int | None = None
         self._made_of: tuple[Any, ...] | None = None
         self.allocate(weight)
         if not weight.is_meta:
             operand.settle(weight.detach())
 
+    def put(self, weight: Tensor) -> None:
+        """`weight` has become the layer's; one that lies here and there in turn is gathered."""
+        placements = getattr(weight, "placements", None)
+        if placements is not None and self._placements != placements:
+            self.operand.fitted = False  # at first use, to what then is the same on all ranks
+        self.is_gathered |= self._placements not in (_UNKNOWN, placements)
+        self._placements = placements
+        self._put = id(weight)
+        if self.is_gathered or placements is not None:
+            self.allocate(weight)
+
     def allocate(self, weight: Tensor) -> None:
-        """Memory for the copies on the device of `weight`, which may be new."""
+        """Memory for the copies on the device of `weight`, which may be new, or of its shard."""
         self.forget()
         self.held = None
-        if weight.is_meta:
+        weight = local(weight)
+        if weight.is_meta or self.is_gathered:
             return
         self.operand.move_to(weight.device)
         fp8, device = self.operand.cast.format.dtype, weight.device
@@ -67,8 +92,15 @@ class CachedWeight:
     def __call__(self, weight: Tensor, output: float, grad_input: float) -> Operand8:
         """The copies of `weight`, scaled for the products output and grad_input."""
         compiling = torch.compiler.is_compiling()
-        if not compiling and (self.held is None or self.held[2].device != weight.device):
-            self.allocate(weight)
+        if self.is_gathered:
+            made = self.operand(weight, cols=False)
+            factor = made.row_scale * output
+            return made._replace(row_scale=factor, col_scale=factor)
+        if not compiling:
+            if self.held is None or self.held[2].device != weight.device:
+                self.allocate(weight)
+            if not (self.operand.settled or self.is_made_of(weight, output, grad_input)):
+                self.operand.settle(weight)
         if self.held is None:
             return _scaled(self.operand(weight), output, grad_input)
         operand, held = self.operand, self.held
@@ -76,6 +108,21 @@ class CachedWeight:
         refresh = _refresh_op if compiling else _refresh
         refresh(weight, *held, *plan, operand.scale, operand.counters, output, grad_input)
         return Operand8(*held)
+
+    def late_cols(
+        self, weight: Tensor, grad_output: Tensor, grad_input: float, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The transpose of a gathered weight and its factor, in the backward pass.
+
+        Args:
+            weight: as gathered for the backward pass.
+            grad_output: what the compiler must wait for.
+            scale: the operand's, where the compiler has traced it.
+        """
+        cast = self.operand.cast
+        scale = self.operand.scale if scale is None else scale
+        cols, factor = late_cast(weight, grad_output, cast, scale)
+        return cols, factor * grad_input
 
     def is_made_of(self, weight: Tensor, output: float, grad_input: float) -> bool:
         """Whether the copies are those of `weight` as it is now."""
@@ -96,15 +143,20 @@ class CachedWeight:
 
     def forget_if_of(self, identities: set[int]) -> None:
         """Cast anew if made of one of the tensors of these `id`s."""
-        if self._made_of is not None and id(self._made_of[0]()) in identities:
+        made_of = None if self._made_of is None else id(self._made_of[0]())
+        if made_of in identities or self._put in identities:
             self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"operand": self.operand}
+        return {
+            "operand": self.operand,
+            "is_gathered": self.is_gathered,
+            "_placements": self._placements,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.operand = state["operand"]
-        self.held = self._made_of = None
+        vars(self).update(state)
+        self.held = self._made_of = self._put = None
 
 
 _at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueDictionary()
