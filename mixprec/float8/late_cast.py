@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixprec import formats
 from mixprec.float8.operand import cast_as
+from mixprec.float8.operators import operator
 from mixprec.float8.recipe import Cast
 
 __all__ = ["late_cast"]
@@ -50,11 +51,7 @@ def _late_cast(
     return made.cols, made.col_scale
 
 
-_op = torch.library.custom_op("mixprec::float8_late_cast", _late_cast, mutates_args=())
-
-
-@_op.register_fake
-def _(
+def _fake(
     weight: Tensor,
     grad_output: Tensor,
     scale: Tensor,
@@ -67,3 +64,6 @@ def _(
         weight.new_empty(num_cols, -(-num_rows // 16) * 16, dtype=formats.by_name(format).dtype),
         scale.new_empty((num_cols, 1) if scaling == "rowwise" else (1,)),
     )
+
+
+_op = operator("float8_late_cast", _late_cast, _fake, mutates=())
