@@ -179,6 +179,35 @@ def test_compiled_layers_have_the_bits_of_eager_ones(
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_graphs_of_the_compiler_follow_weights_and_exponents(
+    cuda: torch.device, recipe: str
+) -> None:
+    torch._dynamo.reset()
+    model = model_on(cuda, recipe, torch.bfloat16, True)
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=2**-6) for m in (model, twin)]
+    compiled = torch.compile(model, mode="reduce-overhead")
+    dy = torch.randn(32, 48, device=cuda).bfloat16()
+    for m, optimizer in zip((model, twin), optimizers, strict=True):  # which settles exponents
+        run(m, torch.ones(32, 64, device=cuda).bfloat16(), dy)
+        optimizer.step()
+    for step in range(6):
+        x = torch.randn(32, 64, device=cuda).bfloat16() * 4**step
+        torch.compiler.cudagraph_mark_step_begin()
+        for a, b in zip(run(compiled, x, dy), run(twin, x, dy), strict=True):
+            assert torch.equal(a, b)
+        for name, operand in model[0]._float8.operands().items():
+            other = twin[0]._float8.operands()[name]
+            if name != "weight":  # a replay casts it, whether it has changed or not
+                assert torch.equal(operand.counters, other.counters), name
+        for optimizer in optimizers:
+            optimizer.step()
+        for name, operand in model[0]._float8.operands().items():
+            assert torch.equal(operand.scale, twin[0]._float8.operands()[name].scale), name
+
+
 def test_a_large_model_keeps_two_bytes_a_weight_and_one_a_saved_input(cuda: torch.device) -> None:
     width, tokens = 2048, 4096
     with torch.no_grad():  # the workspace of the products

@@ -282,7 +282,7 @@ def section_tiles() -> None:
     inputs = {shape: [randn(*shape, seed=seed) for seed in range(2)] for shape in shapes}
     for tile in tiles:
         chosen = dict(zip(("BLOCK_R", "BLOCK_C", "num_warps"), tile[:3], strict=True))
-        kernels._TILE = kernels._SMALL_TILE = chosen
+        kernels._TILE = kernels._SMALL_TILE = kernels._ROWWISE_TILE = chosen
         kernels._COUNTED_TILES = tile[3]
         cells: list[Any] = [f"{tile[0]}x{tile[1]}, {tile[2]} warps, {tile[3]}"]
         for shape, x in inputs.items():
@@ -703,7 +703,7 @@ def block_row(name: str, model: nn.Module, x: Tensor, dy: Tensor, exact: Tensor)
 
 
 def section_block() -> None:
-    sizes, batch = ((64, 4, 2, 96, 16), 2) if RUN.quick else ((4096, 32, 8, 14336, 4096), 2)
+    sizes, batch = ((64, 4, 2, 96, 16), 2) if RUN.quick else ((4096, 32, 8, 14336, 4096), 4)
     x = randn(batch, sizes[-1], sizes[0], seed=1)
     dy = randn(*x.shape, seed=2) * 1e-3
     cells: list[list[str]] = []

@@ -36,6 +36,7 @@ __all__ = ["cast_rowwise_", "cast_scaled_", "cast_tensorwise_"]
 _TILE = {"BLOCK_R": 64, "BLOCK_C": 256, "num_warps": 8}
 _SMALL_TILE = {"BLOCK_R": 64, "BLOCK_C": 128, "num_warps": 4}
 """For kernels that need more registers: half the values, by half the threads."""
+_ROWWISE_TILE = {"BLOCK_R": 128, "BLOCK_C": 64, "num_warps": 4}
 _COUNTED_TILES = 1
 """Tiles below each other that a program counts together."""
 _AMAX_BLOCK, _AMAX_BLOCKS = 8192, 4
@@ -493,7 +494,7 @@ def cast_rowwise_(
     keys = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device)
     row_keys, col_keys = keys.split(sizes)
     row_factors, col_factors = (x.new_empty(size, 1, dtype=torch.float32) for size in sizes)
-    amax, tile = _AMAX_TILE, _SMALL_TILE
+    amax, tile = _AMAX_TILE, _ROWWISE_TILE
     grid = (
         triton.cdiv(x.shape[0], amax["BLOCK_R"] * amax["TILES"]),
         triton.cdiv(x.shape[1], amax["BLOCK_C"]),
