@@ -175,6 +175,37 @@ def test_a_run_resumes_without_exponents_and_bit_for_bit_with_them() -> None:
         assert losses == pytest.approx(straight, rel=0.05)
 
 
+def test_siblings_that_resume_with_their_exponents_share_one_cast_again() -> None:
+    def siblings() -> Any:
+        torch.manual_seed(0)
+        model = nn.ModuleList(nn.Linear(64, 48) for _ in range(3))
+        Precision("fp8").convert(model, min_dim=16)
+        return model
+
+    def step(model: Any) -> list[Any]:
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+        for layer, factor in zip(model, (1, 1, 8), strict=True):
+            layer(x if factor == 1 else x * factor).float().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        return [layer._float8.input for layer in model]
+
+    model, resumed = siblings(), siblings()
+    first, second, stranger = step(model)
+    assert first is second is not stranger
+    saved = exponents(model)
+    Precision("fp8").load_exponents(resumed, saved)
+    first, second, stranger = step(resumed)
+    assert first is second is not stranger
+    assert exponents(resumed) == saved
+
+    saved["1"]["input"] -= 2  # never one operand, so not one now
+    other = siblings()
+    Precision("fp8").load_exponents(other, saved)
+    first, second, _ = step(other)
+    assert first is not second
+    assert exponents(other) == saved
+
+
 def test_exponents_of_another_model_are_refused() -> None:
     model = converted()
     with pytest.raises(ValueError, match="exponents hold '5' 'input', which is no adaptive operan"):

@@ -326,7 +326,7 @@ def _siblings(state: Float8State, operand: Operand) -> bool:
         return False
     if own.cast.scaling != "adaptive":
         return True
-    if own.settled or operand.settled:
+    if own.settled or operand.settled or own.given != operand.given:
         return False
     state.input = operand
     return True

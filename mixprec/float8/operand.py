@@ -55,6 +55,8 @@ class Operand:
         """Whether the exponent was fitted to a matrix."""
         self.settled = cast.scaling != "adaptive"
         """Whether it stays from one matrix to the next: from the first step on."""
+        self.given: int | None = None
+        """The exponent that `set_exponent` was given, which needs no fit."""
         follow(self)
 
     def __call__(self, x: Tensor, *, rows: bool = True, cols: bool = True) -> Operand8:
@@ -68,14 +70,15 @@ class Operand:
     def settle(self, x: Tensor) -> None:
         """Fit the exponent to `x`, as long as no step has shown what to expect."""
         if not self.settled and x.numel():
-            self.scale.copy_(scale_for(x.abs().amax().float(), self.cast.format))
+            if self.given is None:
+                self.scale.copy_(scale_for(x.abs().amax().float(), self.cast.format))
             self.fitted = True
 
     def set_exponent(self, exponent: int) -> None:
-        """Go on from `exponent` as from one that a step has settled."""
+        """Go on from `exponent`; siblings that are given the same become one again."""
         self.scale.copy_(torch.tensor([2.0**exponent, 2.0**-exponent]))
         self.slack_steps.zero_()
-        self.settled = True
+        self.given, self.settled = exponent, False
 
     def move_to(self, device: torch.device) -> None:
         """Hold everything on `device`."""
