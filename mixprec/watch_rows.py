@@ -32,7 +32,8 @@ __all__ = ["Row", "advice", "judge", "table"]
 _FP8 = {"input": E4M3, "weight": E4M3, "grad_output": E5M2}
 SUM_NOT_MEAN = (
     "Gradients become 0: a loss that is a mean over n tokens makes all of them n times smaller "
-    "than a sum does. Sum it, and divide at the step, as mixprec.GradientAccumulator does."
+    "than a sum does. Sum it, and divide at the step: mixprec.GradientAccumulator does so with "
+    "presumed_tokens=1."
 )
 _NO_LOSS = Rates(0.0, 0.0, 0.0)
 
