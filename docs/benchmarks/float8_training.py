@@ -62,7 +62,7 @@ class Size:
 SIZES = {
     "100m": Size(1024, 8, 2816, 1024, 8, 2, 600, 2**26, lr=4e-4, unit_lr=2**-2),
     # 128 wide, 3 blocks, 768 bytes a step: small enough for FP8 emulated on a CPU.
-    "toy": Size(128, 3, 352, 64, 6, 2, 400, 2**22, lr=1e-3, unit_lr=2**-2),
+    "toy": Size(128, 3, 352, 64, 6, 2, 400, 2**22, lr=5e-4, unit_lr=2**-2),
 }
 
 
