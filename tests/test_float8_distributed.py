@@ -15,9 +15,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing import spawn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from mixprec import Precision
+from mixprec import Precision, float8, formats
+from mixprec.float8.all_gather import GatheredWeight, WeightShard
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -151,6 +153,7 @@ def assert_same_exponents(model: nn.Module, right: nn.Module) -> None:
         for name, operand in ours.operands().items():
             scale = theirs.operands()[name].scale
             torch.testing.assert_close(operand.scale, scale, rtol=0, atol=0, msg=name)
+            assert operand.settled
 
 
 def on_mesh(*shape: int, names: tuple[str, ...] | None = None) -> Any:
@@ -258,6 +261,40 @@ def check_fsdp_from_meta(rank: int) -> None:
         torch.testing.assert_close(model(x).detach(), right(x).detach(), rtol=0, atol=0)
 
 
+def saving_into(saved: set[tuple[torch.dtype, int]]) -> Any:
+    """A backend that runs graphs as they are, and notes what a forward graph returns or saves."""
+    from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+
+    def forward(graph: Any, inputs: Any) -> Any:
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        held = [node.meta["val"] for node in output.all_input_nodes if "val" in node.meta]
+        saved.update((val.dtype, val.numel()) for val in held if isinstance(val, Tensor))
+        return make_boxed_func(graph.forward)
+
+    return aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+
+
+def check_fsdp_compiled_memory(rank: int) -> None:
+    """The compiler does not make FP8 weights before it must, which it then would save."""
+    torch._dynamo.reset()
+    x, dy = data(0, rank)
+    for sharded in (shard, shard_bytes):
+        saved: set[tuple[torch.dtype, int]] = set()
+        model = build("static")
+        for block in model:
+            block.compile(backend=saving_into(saved), fullgraph=True)
+        sharded(model)(x).backward(dy)
+        in_fp8 = {numel for dtype, numel in saved if dtype.itemsize == 1}
+        rows = -(-TOKENS // 16) * 16
+        whole_in_bytes = {HIDDEN * WIDTH} if sharded is shard_bytes else set[int]()
+        assert in_fp8 == {rows * WIDTH, rows * HIDDEN} | whole_in_bytes
+
+
 def check_fsdp_compiled(rank: int) -> None:
     torch._dynamo.reset()
     for recipe in ("adaptive", "rowwise"):
@@ -277,6 +314,189 @@ def test_fsdp2_gives_what_one_process_gives_keeps_no_copies_and_finds_edits() ->
     on_ranks(
         check_fsdp, check_fsdp_memory, check_fsdp_edits, check_fsdp_from_meta, check_fsdp_compiled
     )
+
+
+# ------------------------------------------------------------------ FSDP2, gathering bytes
+
+
+def shard_bytes(model: Any, **options: Any) -> Any:
+    float8.enable_fsdp_float8_all_gather(model)
+    return shard(model, **options)
+
+
+def check_bytes(rank: int) -> None:
+    for recipe in ("static", "adaptive"):
+        expected = replicas(recipe)[rank]
+        for recompute, reshard in ((False, True), (True, False)):
+            model = build(recipe, recompute=recompute)
+            gathered = watch_weights(model)
+            model = shard_bytes(model, reshard_after_forward=reshard)
+            assert_same(train(model, rank, sync_on_last(model)), model, expected)
+            assert_same_exponents(model, expected[1])
+            assert gathered == {("GatheredWeight", BF16, HIDDEN * WIDTH)}
+            for param in model.parameters():
+                assert param.grad is None or type(param.grad.to_local()) is Tensor
+
+
+def watch_weights(model: Any) -> set[tuple[str, torch.dtype, int]]:
+    """Kind, dtype and bytes of each weight that a layer computes with."""
+    seen: set[tuple[str, torch.dtype, int]] = set()
+
+    def look(layer: Any, args: Any) -> None:
+        weight = layer.weight
+        nbytes = getattr(weight, "rows", weight).untyped_storage().nbytes()
+        seen.add((type(weight).__name__, weight.dtype, nbytes))
+
+    for module in model.modules():
+        if isinstance(module, float8.Float8Linear):
+            module.register_forward_pre_hook(look)
+    return seen
+
+
+class Grow(torch.optim.Optimizer):
+    """Multiplies weights by 2^5, 2^10, 2^-15, ...: out of any range that was fitted before."""
+
+    def step(self, closure: Any = None) -> Any:
+        state = self.param_groups[0]
+        state["steps"] = state.get("steps", 0) + 1
+        with torch.no_grad():
+            for param in state["params"]:
+                param.mul_(2.0 ** (-15 if state["steps"] == 3 else 5 * state["steps"]))
+
+
+def check_bytes_of_uneven_and_empty_shards(rank: int) -> None:
+    """Rows of 64, 16 and 96 over five ranks: 13 and 12, 4 and none, 20 and 16."""
+    for recipe in ("static", "adaptive"):
+        torch.manual_seed(0)
+        alone: Any = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 96), nn.Linear(96, 64))
+        Precision("fp8", recipe=recipe).convert(alone, min_dim=16)
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 96), nn.Linear(96, 64))
+        Precision("fp8", recipe=recipe).convert(model, min_dim=16)
+        float8.enable_fsdp_float8_all_gather(model)
+        from torch.distributed.fsdp import fully_shard
+
+        model = fully_shard(model, mesh=on_mesh())
+        growers = [Grow(one.parameters(), {}) for one in (alone, model)]
+        x = torch.randn(32, 64).to(BF16)
+        moved: set[float] = set()
+        for step in range(5):
+            assert torch.equal(model(x), alone(x)), f"{recipe} in step {step}"
+            model.reshard()  # no backward pass does it here
+            for grower in growers:
+                grower.step()
+            assert_same_weight_exponents(model, alone)
+            moved.add(model[0]._float8.weight.operand.scale[0].item())
+        assert (len(moved) > 3) == (recipe == "adaptive")
+        assert all(state.weight.operand.settled for state in float8_states(model))
+
+
+def assert_same_weight_exponents(model: nn.Module, right: nn.Module) -> None:
+    for ours, theirs in zip(float8_states(model), float8_states(right), strict=True):
+        found, expected = ours.weight.operand, theirs.weight.operand
+        assert torch.equal(found.scale, expected.scale)
+        if found.cast.scaling == "adaptive":
+            assert torch.equal(found.last, expected.last)
+
+
+def check_bytes_in_checkpoints(rank: int) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    x, dy = data(0, 0)
+    model = shard_bytes(build("static"))
+    stepper = optimizer_for(model)
+    for _ in range(2):
+        model(x).backward(dy)
+        stepper.step()
+        stepper.zero_grad()
+    y = model(x).detach()
+    model.reshard()
+    assert isinstance(model[0].up.weight._local_tensor, WeightShard)
+    saved = model.state_dict()
+    for held in (*saved.values(), *held_tensors(stepper.state_dict()["state"])):
+        assert type(getattr(held, "_local_tensor", held)) is Tensor
+
+    folder = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+    dcp.save(saved, checkpoint_id=folder[0])
+    with torch.device("meta"):
+        empty: Any = nn.Sequential(Block(), Block())
+    Precision("fp8", recipe="static").convert(empty, min_dim=16)
+    empty = shard_bytes(empty)
+    empty.to_empty(device="cpu")
+    loaded = empty.state_dict()
+    dcp.load(loaded, checkpoint_id=folder[0])
+    empty.load_state_dict(loaded)
+    assert torch.equal(empty(x), y)
+    torch.save(model[0].up.weight, f"{folder[0]}/{rank}")
+    again = torch.load(f"{folder[0]}/{rank}", weights_only=False)
+    assert type(again._local_tensor) is Tensor
+    empty.load_state_dict({name: held.clone() for name, held in saved.items()}, assign=True)
+    assert isinstance(empty[0].up.weight._local_tensor, WeightShard)
+    assert torch.equal(empty(x), y)
+
+
+def held_tensors(nested: Any) -> list[Any]:
+    return [held for held in tree_leaves(nested) if isinstance(held, Tensor)]
+
+
+def check_bytes_from_fp32(rank: int) -> None:
+    """FP32 shards are rounded once, to FP8, as autocast does in one process."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    x, dy = data(0, 0)
+    precision = Precision("fp8", recipe="static", params=formats.FP32, compute=formats.BF16)
+    alone, model = build("static", convert=False)[0], build("static", convert=False)[0]
+    for one in (alone, model):
+        precision.convert(one, min_dim=16)
+    float8.enable_fsdp_float8_all_gather(model)
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=on_mesh(), mp_policy=policy)
+    with torch.autocast("cpu", BF16):
+        expected = alone(x)
+    found = model(x)
+    assert torch.equal(found, expected)
+    found.backward(dy)
+    assert model.up.weight.grad.dtype == torch.float32
+
+
+def check_bytes_compiled(rank: int) -> None:
+    torch._dynamo.reset()
+    expected = replicas("static")[rank]
+    model = build("static")
+    for block in model:
+        block.compile(backend="aot_eager", fullgraph=True)
+    model = shard_bytes(model)
+    assert_same(train(model, rank, sync_on_last(model)), model, expected)
+
+
+def check_bytes_refusals(rank: int) -> None:
+    model = build("static")
+    with pytest.raises(ValueError, match="no layer of this model runs in FP8"):
+        float8.enable_fsdp_float8_all_gather(nn.Linear(4, 4))
+    model = shard_bytes(model)
+    for call in (float8.enable_fsdp_float8_all_gather, float8.revert):
+        with pytest.raises(ValueError, match=r"weight of '0.gate' is a DTensor already"):
+            call(model)
+    weight = GatheredWeight(torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(1), BF16)
+    assert torch.equal(weight + 1, torch.ones(16, 16, dtype=BF16))
+    with pytest.raises(RuntimeError, match="would write to a weight that was gathered in FP8"):
+        weight.add_(1)
+
+
+def test_fsdp2_gathers_bytes_and_gives_the_same() -> None:
+    on_ranks(
+        check_bytes,
+        check_bytes_in_checkpoints,
+        check_bytes_from_fp32,
+        check_bytes_compiled,
+        check_bytes_refusals,
+        check_fsdp_compiled_memory,
+    )
+
+
+def test_fsdp2_gathers_bytes_of_uneven_and_of_empty_shards() -> None:
+    on_ranks(check_bytes_of_uneven_and_empty_shards, ranks=5)
 
 
 # ------------------------------------------------------------------ DDP

@@ -1,6 +1,12 @@
 """Linear layers whose matrix products run in FP8."""
 
-from mixprec.float8.conversion import EXCLUDED, LayerReport, convert, revert
+from mixprec.float8.conversion import (
+    EXCLUDED,
+    LayerReport,
+    convert,
+    enable_fsdp_float8_all_gather,
+    revert,
+)
 from mixprec.float8.linear import Float8Linear
 from mixprec.float8.products import has_units
 from mixprec.float8.recipe import Cast, Recipe, by_name
@@ -15,6 +21,7 @@ __all__ = [
     "Stats",
     "by_name",
     "convert",
+    "enable_fsdp_float8_all_gather",
     "has_units",
     "revert",
     "stats",

@@ -26,7 +26,7 @@ def late_cast(
     """`weight` `[R, C]` transposed in FP8, `[C, R16]`, and its factor.
 
     Args:
-        weight: BF16, FP16 or FP32.
+        weight: BF16, FP16 or FP32; or FP8 already, with R a multiple of 16.
         grad_output: any tensor that is not known before the backward pass.
         cast: how.
         scale: FP32 `[2]`, see `cast_scaled`; read if `cast` has an exponent.
@@ -46,6 +46,8 @@ def _late_cast(
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor]:
     plan = Cast(formats.by_name(format), scaling, power_of_two=power_of_two)  # pyright: ignore[reportArgumentType]
+    if weight.dtype == plan.format.dtype:
+        return weight.t().contiguous(), scale[1:].clone()
     made = cast_as(plan, weight, scale, None, False, True)
     assert made.cols is not None
     return made.cols, made.col_scale

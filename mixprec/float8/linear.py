@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from mixprec.float8.all_gather import ByteGather
 from mixprec.float8.cast import Operand8
 from mixprec.float8.operand import Operand
 from mixprec.float8.products import scaled_product
@@ -37,6 +38,8 @@ class Float8Layer(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float8Layer:
         super()._apply(fn, recurse)
+        if is_dtensor(self.weight):
+            self._float8.weight.put(self.weight)
         self._float8.weight.allocate(self.weight)
         return self
 
@@ -71,6 +74,14 @@ class Float8State:
         make = [Operand(getattr(recipe, name), device, inline=recipe.inline) for name in OPERANDS]
         self.input, _, self.grad_output = make
         self.weight = CachedWeight(make[1], weight)
+
+    def gather_bytes(self) -> bool:
+        """Have FSDP2 gather the weight in FP8, if both its products can take it so."""
+        plan = self.recipe.weight
+        if not plan.has_exponent or not {"output", "grad_input"} <= set(self.recipe.products):
+            return False
+        self.weight.by_bytes = ByteGather(self.weight.operand)
+        return True
 
     def operands(self) -> dict[str, Operand]:
         """The three operands by name."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mixprec import formats
+from mixprec.float8.all_gather import ByteGather, GatheredWeight
 from mixprec.float8.cast import Operand8, cast_scaled
 from mixprec.float8.exponents import follow_weight
 from mixprec.float8.late_cast import late_cast
@@ -48,6 +49,8 @@ class CachedWeight:
         self.held: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self.is_gathered = False
         """Whether the weight is whole only while it is used, as under FSDP2."""
+        self.by_bytes: ByteGather | None = None
+        """How FSDP2 gathers it, if not in 16 bits."""
         self._placements: Any = _UNKNOWN
         # No reference, not even a weak one: `Module.to` could not swap such a DTensor.
         self._put: int | None = None
@@ -59,8 +62,11 @@ class CachedWeight:
     def put(self, weight: Tensor) -> None:
         """`weight` has become the layer's; one that lies here and there in turn is gathered."""
         placements = getattr(weight, "placements", None)
-        if placements is not None and self._placements != placements:
-            self.operand.fitted = False  # at first use, to what then is the same on all ranks
+        if placements is not None:
+            if self.by_bytes is not None:
+                self.by_bytes.mark(weight)
+            if self._placements in (_UNKNOWN, None) and not self.is_gathered:
+                self.operand.fitted = False  # at first use, to what then is the same on all ranks
         self.is_gathered |= self._placements not in (_UNKNOWN, placements)
         self._placements = placements
         self._put = id(weight)
@@ -92,6 +98,9 @@ class CachedWeight:
     def __call__(self, weight: Tensor, output: float, grad_input: float) -> Operand8:
         """The copies of `weight`, scaled for the products output and grad_input."""
         compiling = torch.compiler.is_compiling()
+        if isinstance(weight, GatheredWeight):
+            factor = weight.factor * output
+            return Operand8(weight.rows, None, factor, factor)
         if self.is_gathered:
             made = self.operand(weight, cols=False)
             factor = made.row_scale * output
@@ -121,6 +130,8 @@ class CachedWeight:
         """
         cast = self.operand.cast
         scale = self.operand.scale if scale is None else scale
+        if isinstance(weight, GatheredWeight):
+            return late_cast(weight.rows, grad_output, cast, scale)[0], weight.factor * grad_input
         cols, factor = late_cast(weight, grad_output, cast, scale)
         return cols, factor * grad_input
 
@@ -151,6 +162,7 @@ class CachedWeight:
         return {
             "operand": self.operand,
             "is_gathered": self.is_gathered,
+            "by_bytes": self.by_bytes,
             "_placements": self._placements,
         }
 
