@@ -46,6 +46,7 @@ class ByteGather:
         self.operand = operand
         self.uncounted = torch.zeros_like(operand.counters)
         """What casts counted on this rank and no other has heard of."""
+        self.has_counted = False
         _listen()
 
     def mark(self, weight: Any) -> None:
@@ -64,15 +65,13 @@ class ByteGather:
         counters = operand.counters
         if operand.cast.scaling == "adaptive":
             counters = self.uncounted = self.uncounted.to(rows.device)
+            self.has_counted = True
         most = -(-size[0] // mesh.size())
         made = rows.new_empty(most, size[1], dtype=operand.cast.format.dtype)
         made[len(rows) :].view(torch.uint8).zero_()
         out = made[: len(rows)], None
         cast_scaled(rows, operand.cast.format, operand.scale, counters, out=out)
         return made.view(torch.uint8)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"operand": self.operand, "uncounted": self.uncounted}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -241,7 +240,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     for group in optimizer.param_groups:
         for param in group["params"]:
             shard = local(param)
-            if isinstance(shard, WeightShard) and shard.by.operand.cast.scaling == "adaptive":
+            if isinstance(shard, WeightShard) and shard.by.has_counted:
                 mesh = param.device_mesh
                 by_group.setdefault(mesh.get_group(mesh.ndim - 1), []).append(shard.by)
     for process_group, gathers in by_group.items():
@@ -255,4 +254,6 @@ def _agree(gathers: list[ByteGather], group: Any) -> None:
     agreed = every.sum(0)
     agreed[:, AMAX_BITS] = every[..., AMAX_BITS].amax(0)
     torch._foreach_copy_([gather.operand.counters for gather in gathers], list(agreed))
-    torch._foreach_zero_([gather.uncounted for gather in gathers])
+    for gather in gathers:
+        gather.uncounted.zero_()
+        gather.has_counted = False

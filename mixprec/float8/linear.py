@@ -38,9 +38,8 @@ class Float8Layer(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Float8Layer:
         super()._apply(fn, recurse)
-        if is_dtensor(self.weight):
-            self._float8.weight.put(self.weight)
-        self._float8.weight.allocate(self.weight)
+        weight = self._float8.weight
+        (weight.put if is_dtensor(self.weight) else weight.allocate)(self.weight)
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -33,8 +33,6 @@ from mixprec.gradients import local
 
 __all__ = ["CachedWeight"]
 
-_UNKNOWN = "unknown"
-
 
 class CachedWeight:
     """The FP8 copies of one weight `[out_features, in_features]`, and what they were made of.
@@ -51,7 +49,7 @@ class CachedWeight:
         """Whether the weight is whole only while it is used, as under FSDP2."""
         self.by_bytes: ByteGather | None = None
         """How FSDP2 gathers it, if not in 16 bits."""
-        self._placements: Any = _UNKNOWN
+        self._placements: Any = None
         # No reference, not even a weak one: `Module.to` could not swap such a DTensor.
         self._put: int | None = None
         self._made_of: tuple[Any, ...] | None = None
@@ -60,18 +58,22 @@ class CachedWeight:
             operand.settle(weight.detach())
 
     def put(self, weight: Tensor) -> None:
-        """`weight` has become the layer's; one that lies here and there in turn is gathered."""
-        placements = getattr(weight, "placements", None)
+        """`weight` has become the layer's. A DTensor that gives way to another layout is gathered.
+
+        FSDP2 puts the shards back after each use; `parallelize_module` puts them there for good.
+        """
+        self._put = id(weight)
+        placements, before = getattr(weight, "placements", None), self._placements
+        if placements is None and before is None:
+            return
+        if before is None:
+            self.operand.fitted = False  # at first use, to what then is the same on all ranks
+        self.is_gathered |= before is not None and placements != before
         if placements is not None:
+            self._placements = placements
             if self.by_bytes is not None:
                 self.by_bytes.mark(weight)
-            if self._placements in (_UNKNOWN, None) and not self.is_gathered:
-                self.operand.fitted = False  # at first use, to what then is the same on all ranks
-        self.is_gathered |= self._placements not in (_UNKNOWN, placements)
-        self._placements = placements
-        self._put = id(weight)
-        if self.is_gathered or placements is not None:
-            self.allocate(weight)
+        self.allocate(weight)
 
     def allocate(self, weight: Tensor) -> None:
         """Memory for the copies on the device of `weight`, which may be new, or of its shard."""
