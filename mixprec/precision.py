@@ -175,7 +175,8 @@ class Precision:
             an embedding's stay in 16 bits, and the report says so.
 
         Raises:
-            ValueError: for a pattern that matches nothing, and a model that is converted already.
+            ValueError: for a pattern that matches nothing, and a model that is converted or sharded
+                already.
 
         >>> from torch import nn
         >>> from mixprec import Precision

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixprec import Precision, float8, formats
 from mixprec.float8.all_gather import GatheredWeight, WeightShard
+from mixprec.umup import layers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -241,21 +242,20 @@ def check_fsdp_edits(rank: int) -> None:
 
 def check_fsdp_from_meta(rank: int) -> None:
     """Ranks that begin with other weights agree on exponents once they share one model."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     x, _ = data(0, 0)
     right = build("adaptive")
-    for on_meta in (False, True):
-        torch.manual_seed(rank)
+    for on_meta, way in ((False, shard), (False, shard_bytes), (True, shard), (True, shard_bytes)):
         with torch.device("meta" if on_meta else "cpu"):
             model: Any = nn.Sequential(Block(), Block())
         if not on_meta:
             for param in model.parameters():
                 param.data *= 8.0**rank
         Precision("fp8", recipe="adaptive").convert(model, min_dim=16)
-        model = shard(model)
+        model = way(model)
         if on_meta:
             model.to_empty(device="cpu")
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(model, right.state_dict(), options=options)
         torch.testing.assert_close(model(x).detach(), right(x).detach(), rtol=0, atol=0)
@@ -389,6 +389,17 @@ def check_bytes_of_uneven_and_empty_shards(rank: int) -> None:
             moved.add(model[0]._float8.weight.operand.scale[0].item())
         assert (len(moved) > 3) == (recipe == "adaptive")
         assert all(state.weight.operand.settled for state in float8_states(model))
+        y = model(x).detach()
+        model.reshard()
+        saved = {name: param.clone() for name, param in model.state_dict().items()}
+        for way in ("assign", "to_empty"):  # both make FSDP2 pad shards anew
+            if way == "to_empty":
+                model.to_empty(device="cpu")
+            model.load_state_dict(saved, assign=way == "assign")
+            assert all(isinstance(layer.weight.to_local(), Tensor) for layer in model)
+            assert all(type(layer.weight._local_tensor) is WeightShard for layer in model)
+            assert torch.equal(model(x), y), way
+            model.reshard()
 
 
 def assert_same_weight_exponents(model: nn.Module, right: nn.Module) -> None:
@@ -397,6 +408,24 @@ def assert_same_weight_exponents(model: nn.Module, right: nn.Module) -> None:
         assert torch.equal(found.scale, expected.scale)
         if found.cast.scaling == "adaptive":
             assert torch.equal(found.last, expected.last)
+
+
+def check_bytes_and_not_of_other_layers(rank: int) -> None:
+    """Unit-scaled layers, whose multipliers lie in the scales; frozen weights; and no tokens."""
+    x, dy = data(0, 0)
+    for way in (shard, shard_bytes):
+        found: list[dict[str, Tensor]] = []
+        for place in (lambda model: model, way):
+            torch.manual_seed(0)
+            one: Any = nn.Sequential(layers.Linear(WIDTH, HIDDEN), layers.Linear(HIDDEN, WIDTH))
+            Precision("fp8", recipe="static").convert(one, min_dim=16)
+            one[0].weight.requires_grad_(False)
+            whole_model = nn.Sequential(one)
+            results(place(whole_model), x[:0], dy[:0])
+            found.append(results(whole_model, x, dy))
+        assert "0.1.weight" in found[0] and "0.0.weight" not in found[0]
+        for name, right in found[0].items():
+            assert right.any() and torch.equal(found[1][name], right), name
 
 
 def check_bytes_in_checkpoints(rank: int) -> None:
@@ -478,6 +507,8 @@ def check_bytes_refusals(rank: int) -> None:
     for call in (float8.enable_fsdp_float8_all_gather, float8.revert):
         with pytest.raises(ValueError, match=r"weight of '0.gate' is a DTensor already"):
             call(model)
+    with pytest.raises(ValueError, match=r"weight of '0.gate' is a DTensor already"):
+        Precision("fp8").convert(shard(build("static", convert=False).to(BF16)), min_dim=16)
     weight = GatheredWeight(torch.zeros(16, 16).to(torch.float8_e4m3fn), torch.ones(1), BF16)
     assert torch.equal(weight + 1, torch.ones(16, 16, dtype=BF16))
     with pytest.raises(RuntimeError, match="would write to a weight that was gathered in FP8"):
@@ -487,6 +518,7 @@ def check_bytes_refusals(rank: int) -> None:
 def test_fsdp2_gathers_bytes_and_gives_the_same() -> None:
     on_ranks(
         check_bytes,
+        check_bytes_and_not_of_other_layers,
         check_bytes_in_checkpoints,
         check_bytes_from_fp32,
         check_bytes_compiled,
@@ -514,11 +546,11 @@ def check_ddp(rank: int) -> None:
             return self.model(x)
 
     for recipe in RECIPES:
-        model = WithIdle(build(recipe))
-        torch.manual_seed(rank)
-        if rank:  # DDP broadcasts the first rank's
-            for param in model.parameters():
-                param.data = torch.randn(param.shape, dtype=param.dtype) * 8
+        blocks = build(recipe, convert=False)
+        for param in blocks.parameters():
+            param.data *= 8.0**rank  # then DDP broadcasts the first rank's
+        Precision("fp8", recipe=recipe).convert(blocks, min_dim=16)
+        model = WithIdle(blocks)
         wrapped = DistributedDataParallel(model, find_unused_parameters=True, bucket_cap_mb=1)
         found: list[Tensor] = []
         stepper = optimizer_for(model)
@@ -589,7 +621,8 @@ def results(block: Any, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     block.zero_grad()
     y = block(x)
     y.backward(dy)
-    grads = {name: whole(param.grad) for name, param in block.named_parameters()}
+    held = {name: param.grad for name, param in block.named_parameters()}
+    grads = {name: whole(grad) for name, grad in held.items() if grad is not None}
     assert x.grad is not None
     return {"y": y.detach(), "x": x.grad, **grads}
 
