@@ -172,6 +172,21 @@ def test_sharded_head_learns_on_one_rank(
     assert losses[-1] < losses[0] - 0.3
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_fp8_fsdp_learns_on_one_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    env = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    for name, value in {**env, "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(str(EXAMPLES / "fp8_fsdp.py"), run_name="__main__")
+    *steps, last = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[-1]) for line in steps]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 1
+    assert last == "6 weights were gathered as bytes"
+
+
 @pytest.mark.parametrize(("loss", "flushed"), [("mean", True), ("sum", False)])
 def test_watch_ranges_sees_what_a_mean_does_to_gradients(
     tmp_path: Path,
