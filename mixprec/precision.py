@@ -27,7 +27,7 @@ from torch import nn
 
 from mixprec import conversion, float8, formats
 from mixprec.conversion import NORMS, Report
-from mixprec.float8 import LayerReport, Recipe, Stats
+from mixprec.float8 import Recipe, Stats
 from mixprec.float8.conversion import exponents, load_exponents
 from mixprec.formats import BF16, FP16, FP32, Format
 
@@ -152,7 +152,7 @@ class Precision:
         exclude: Sequence[str] = float8.EXCLUDED,
         overrides: Mapping[str, Recipe | str] | None = None,
         min_dim: int = 1024,
-    ) -> Report | LayerReport:
+    ) -> Report:
         """Cast `model` in place, as `cast_model` does, and run its linear layers by `recipe`.
 
         A layer that runs in FP8 keeps its parameters, names, hooks and ties; only its class is
@@ -170,9 +170,10 @@ class Precision:
                 their products save.
 
         Returns:
-            What was done to each module; with a recipe, to each linear layer and why, and the rest
-            in `casts`. Layers with a size that is no multiple of 16 and those whose weight is also
-            an embedding's stay in 16 bits, and the report says so.
+            What was done to each module, as `rows`. With a recipe it is a `LayerReport`: `layers`
+            says for each linear layer how it runs and why, `converted` names those in FP8. Layers
+            with a size that is no multiple of 16 and those whose weight is also an embedding's stay
+            in 16 bits, and the report says so.
 
         Raises:
             ValueError: for a pattern that matches nothing, and a model that is converted or sharded
@@ -205,7 +206,11 @@ class Precision:
         )
 
     def revert(self, model: nn.Module) -> None:
-        """Give every FP8 layer of `model` the class back that it had; casts stay."""
+        """Give every FP8 layer of `model` the class back that it had; its parameters stay BF16.
+
+        Raises:
+            ValueError: for layers that are sharded; revert before `fully_shard` and the like.
+        """
         float8.revert(model)
 
     def stats(self, model: nn.Module) -> Stats:
@@ -221,7 +226,7 @@ class Precision:
         """Exponents of the adaptive operands of each FP8 layer of `model`; optional to save.
 
         Without them a resumed run fits its exponents anew in its first step, as the first run did;
-        with them it goes on bit for bit. Waits for the device, once.
+        with them it goes on with the same. Waits for the device, once.
         """
         return exponents(model)
 

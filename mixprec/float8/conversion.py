@@ -56,12 +56,10 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One `Layer` for each linear layer of a model; printed as a table with a last line of sums."""
+class LayerReport(Report):
+    """Also one `Layer` for each linear layer, which is what is printed: a table and a sum."""
 
     layers: tuple[Layer, ...]
-    casts: Report | None = None
-    """What became of the format of each module's parameters."""
     emulated_on: str | None = None
     """The type of the model's device, if that has no FP8 units."""
 
@@ -144,7 +142,7 @@ def convert(
     for module, plan in plans:
         module._float8 = Float8State(plan, module.weight)  # pyright: ignore[reportArgumentType]
         module.__class__ = _float8_class(type(module))  # pyright: ignore[reportAttributeAccessIssue]
-    return LayerReport(tuple(layers), casts, _without_units(module for module, _ in plans))
+    return LayerReport(casts.rows, tuple(layers), _without_units(module for module, _ in plans))
 
 
 def revert(model: nn.Module) -> None:
@@ -169,7 +167,7 @@ def exponents(model: nn.Module) -> dict[str, dict[str, int]]:
     """The exponents of each layer's adaptive operands, by name. Waits for the device, once.
 
     Nothing needs them: without them a resumed run fits them anew in its first step, as the first
-    run did. With them it goes on bit for bit.
+    run did. With them it goes on with the same. How long a wait has lasted is not kept.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 32, bias=False))
