@@ -26,6 +26,7 @@ from mixprec.float8.products import scaled_product
 from mixprec.float8.recipe import OPERANDS, Recipe
 from mixprec.float8.tensor_parallel import Shards, is_dtensor
 from mixprec.float8.weight import CachedWeight
+from mixprec.function_call import call
 
 __all__ = ["Float8Layer", "Float8Linear", "Float8State", "float8_linear"]
 
@@ -160,9 +161,8 @@ def _linear(
     if not torch.compiler.is_compiling():
         dy.move_to(input.device)
     traced = dy.scale, dy.counters, state.weight.operand.scale
-    output: Tensor = _Float8Linear.apply(
-        matrix, weight, bias, *_once(x8), *_once(w8), *traced, state, multipliers, dtype
-    )
+    arguments = *_once(x8), *_once(w8), *traced, state, multipliers, dtype
+    output: Tensor = call(_Float8Linear, matrix, weight, bias, *arguments)
     return output.view(*input.shape[:-1], weight.shape[0])
 
 

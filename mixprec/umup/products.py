@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from mixprec.umup.scaling import Constraint, call, constrain, scale_bwd, scale_fwd
+from mixprec.function_call import call
+from mixprec.umup.scaling import Constraint, constrain, scale_bwd, scale_fwd
 
 __all__ = ["conv1d", "conv2d", "linear", "linear_multipliers", "linear_readout", "matmul"]
 

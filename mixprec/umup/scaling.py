@@ -16,9 +16,10 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 from torch.autograd.function import Function
+
+from mixprec.function_call import call
 
 __all__ = [
     "CONSTRAINTS",
@@ -81,14 +82,6 @@ def _apply(function: type[Function], x: Tensor, multiplier: float | Tensor) -> T
         return x
     scaled: Tensor = call(function, x, multiplier)
     return scaled
-
-
-def call(function: Any, *args: Any) -> Any:
-    """`function.apply(*args)`, without looking for defaults of `forward`, which takes 25 us."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    base: Any = super(Function, function)
-    return base.apply(*args)
 
 
 class _ScaleForward(Function):
