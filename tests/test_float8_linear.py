@@ -326,6 +326,18 @@ def test_edited_and_loaded_and_swapped_weights_are_noticed() -> None:
             del other, swapped
 
 
+def test_a_weight_that_a_graph_casts_is_cast_at_every_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays change it past its version counter, and no optimizer is seen to step."""
+    linear, (x, _) = layer(bias=False), operands(32, 64)
+    linear(x)
+    monkeypatch.setattr(weight, "_is_captured", lambda weight: True)
+    linear(x)
+    monkeypatch.undo()
+    assert linear(x).any()
+    linear.weight.data.zero_()  # as a replay does, no counter knows
+    assert not linear(x).any()
+
+
 def test_siblings_share_one_cast_of_their_input(casts: list[tuple[int, ...]]) -> None:
     model = nn.ModuleList(nn.Linear(64, 48) for _ in range(3))
     Precision("fp8", recipe="adaptive").convert(model, min_dim=16)

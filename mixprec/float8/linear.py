@@ -71,9 +71,10 @@ class Float8State:
     def __init__(self, recipe: Recipe, weight: Tensor) -> None:
         self.recipe = recipe
         device = torch.device("cpu") if weight.is_meta else weight.device
-        make = [Operand(getattr(recipe, name), device, inline=recipe.inline) for name in OPERANDS]
-        self.input, _, self.grad_output = make
-        self.weight = CachedWeight(make[1], weight)
+        self.input, of_weight, self.grad_output = (
+            Operand(getattr(recipe, name), device, inline=recipe.inline) for name in OPERANDS
+        )
+        self.weight = CachedWeight(of_weight, weight)
 
     def gather_bytes(self) -> bool:
         """Have FSDP2 gather the weight in FP8, if both its products can take it so."""

@@ -3,7 +3,8 @@
 Between two optimizer steps a weight is read by every micro-batch, forward and backward, and again
 by recomputation. The cast is kept until the weight is another tensor, was written in place (its
 version counter tells), or was in an optimizer that stepped (which also finds steps that write past
-the counter, through `.data`). While a CUDA graph is captured it is cast, so that replays cast too.
+the counter, through `.data`). While a CUDA graph is captured it is cast, so that replays cast too,
+and from then on at every use, because replays may change it and leave no trace.
 
 The price is two bytes a parameter. Constant factors of the layer's products are folded into the
 scales of its weight, where they cost nothing.
@@ -53,6 +54,8 @@ class CachedWeight:
         # No reference, not even a weak one: `Module.to` could not swap such a DTensor.
         self._put: int | None = None
         self._made_of: tuple[Any, ...] | None = None
+        self._in_graph = False
+        """Whether a CUDA graph holds a cast: replays may change the weight past every counter."""
         self.allocate(weight)
         if not weight.is_meta:
             operand.settle(weight.detach())
@@ -139,16 +142,15 @@ class CachedWeight:
 
     def is_made_of(self, weight: Tensor, output: float, grad_input: float) -> bool:
         """Whether the copies are those of `weight` as it is now."""
-        if self._made_of is None or _is_captured(weight):
+        if self._made_of is None or self._in_graph or _is_captured(weight):
             return False
         made_of, *rest = self._made_of
         return made_of() is weight and rest == _signs(weight, output, grad_input)
 
     def note(self, weight: Tensor, output: float, grad_input: float) -> None:
         """The copies were made of `weight` just now."""
-        self.forget()
-        if not _is_captured(weight):
-            self._made_of = (weakref.ref(weight), *_signs(weight, output, grad_input))
+        self._in_graph |= _is_captured(weight)
+        self._made_of = (weakref.ref(weight), *_signs(weight, output, grad_input))
 
     def forget(self) -> None:
         """Cast anew at the next use."""
@@ -171,6 +173,7 @@ class CachedWeight:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.held = self._made_of = self._put = None
+        self._in_graph = False
 
 
 _at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueDictionary()
