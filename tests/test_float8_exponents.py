@@ -206,6 +206,18 @@ def test_siblings_that_resume_with_their_exponents_share_one_cast_again() -> Non
     assert exponents(other) == saved
 
 
+def test_loaded_exponents_begin_no_wait_and_are_not_fitted_again() -> None:
+    model = converted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    train(model, optimizer, [1.0, *[0.02] * 5])
+    operand = model[0]._float8.input
+    assert operand.slack_steps == 5
+    Precision("fp8").load_exponents(model, {"0": {"input": 9}})
+    assert operand.slack_steps == 0
+    model(torch.ones(16, 64).bfloat16())
+    assert exponents(model)["0"]["input"] == 9
+
+
 def test_exponents_of_another_model_are_refused() -> None:
     model = converted()
     with pytest.raises(ValueError, match="exponents hold '5' 'input', which is no adaptive operan"):

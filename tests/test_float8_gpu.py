@@ -110,6 +110,17 @@ def test_a_non_finite_operand_reaches_the_verdict(
     assert not optimizer.grads_finite
 
 
+def test_autograd_is_told_of_what_a_kernel_writes(cuda: torch.device) -> None:
+    model = model_on(cuda, "static", torch.bfloat16, False)
+    x = torch.randn(32, 64, device=cuda).bfloat16().requires_grad_()
+    y = model(x)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    model(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_waits_for_nothing(cuda: torch.device, recipe: str) -> None:
     model = model_on(cuda, recipe, torch.bfloat16, True)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mixprec
 from mixprec import Precision, formats
-from mixprec.float8 import Float8Linear, Recipe, operand, weight
+from mixprec.float8 import Cast, Float8Linear, Recipe, operand, weight
 from mixprec.float8.recipe import PRODUCTS
 
 RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
@@ -233,6 +233,7 @@ def test_autocast_casts_once_from_fp32_and_returns_its_dtype() -> None:
     exact = in_fp64(linear, x, dy)
     assert snr(y.detach(), exact[0]) > 28
     assert snr(linear.weight.grad, exact[2]) > 24
+    torch.testing.assert_close(linear.bias.grad, dy.bfloat16().float().sum(0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -361,6 +362,48 @@ def test_adaptive_siblings_keep_one_exponent_and_strangers_their_own() -> None:
         module(x if factor == 1 else factor * x)
     assert states[0].input is states[1].input is not states[2].input
     assert states[0].grad_output is not states[1].grad_output
+
+
+def test_layers_with_other_casts_do_not_share() -> None:
+    x, dy = operands(32, 64)
+    alone, other = layer(), layer(recipe=Recipe(input=Cast(exponent=3)))
+    expected = run(other, x, dy)
+    alone(x)
+    for a, b in zip(run(other, x, dy), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    wanted = x.clone()
+    alone(wanted)
+    assert torch.equal(other(wanted), expected[0])
+
+
+@pytest.mark.parametrize("how", ["no_grad", "frozen weight", "16-bit weight gradient"])
+def test_no_transpose_is_written_that_nobody_reads(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[bool] = []
+    real = operand.cast_scaled
+
+    def seen(*args: Any, cols: bool, **options: Any) -> Any:
+        wanted.append(cols)
+        return real(*args, cols=cols, **options)
+
+    monkeypatch.setattr(operand, "cast_scaled", seen)
+    products = ("output", "grad_input") if how == "16-bit weight gradient" else tuple(PRODUCTS)
+    linear, (x, _) = layer(recipe=Recipe(products=products)), operands(32, 64)
+    linear.weight.requires_grad_(how != "frozen weight")
+    with torch.set_grad_enabled(how != "no_grad"):
+        linear(x.requires_grad_())
+    assert wanted == [False]
+
+
+def test_a_backward_pass_through_a_weight_that_was_cast_again_is_refused() -> None:
+    linear, (x, dy) = layer(), operands(32, 64)
+    y = linear(x.requires_grad_())
+    with torch.no_grad():
+        linear.weight.mul_(2)
+    linear(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy)
 
 
 def test_checkpointing_recomputes_the_same_bytes() -> None:
