@@ -216,6 +216,9 @@ def test_loaded_exponents_begin_no_wait_and_are_not_fitted_again() -> None:
     assert operand.slack_steps == 0
     model(torch.ones(16, 64).bfloat16())
     assert exponents(model)["0"]["input"] == 9
+    Precision("fp8").load_exponents(model, {"0": {"weight": 3}})
+    model(torch.ones(16, 64).bfloat16())
+    assert model[0]._float8.weight.held[2] == 2.0**-3
 
 
 def test_exponents_of_another_model_are_refused() -> None:

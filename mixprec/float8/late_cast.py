@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixprec import formats
-from mixprec.float8.operand import cast_as
+from mixprec.float8.operand import cast_as, cast_named
 from mixprec.float8.operators import operator
 from mixprec.float8.recipe import Cast
 
@@ -45,7 +45,7 @@ def _late_cast(
     scaling: str,
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor]:
-    plan = Cast(formats.by_name(format), scaling, power_of_two=power_of_two)  # pyright: ignore[reportArgumentType]
+    plan = cast_named(format, scaling, power_of_two)
     if weight.dtype == plan.format.dtype:
         return weight.t().contiguous(), scale[1:].clone()
     made = cast_as(plan, weight, scale, None, False, True)

@@ -9,6 +9,7 @@ demand and with a static exponent, plain operations that it may fuse with what c
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from mixprec.float8.operators import operator
 from mixprec.float8.products import ALIGNMENT
 from mixprec.float8.recipe import Cast
 
-__all__ = ["Operand", "cast_as"]
+__all__ = ["Operand", "cast_as", "cast_named"]
 
 
 class Operand:
@@ -107,6 +108,12 @@ class Operand:
         follow(self)
 
 
+@cache
+def cast_named(format: str, scaling: Any, power_of_two: bool) -> Cast:
+    """A `Cast` as operators are told of it: by names, and without the exponent."""
+    return Cast(formats.by_name(format), scaling, power_of_two=power_of_two)
+
+
 def cast_as(
     plan: Cast, x: Tensor, scale: Tensor, counters: Tensor | None, rows: bool, cols: bool
 ) -> Operand8:
@@ -132,7 +139,7 @@ def _cast_or_empty(
     cols: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`cast_as` for the compiler: what is not wanted is empty, and no output comes twice."""
-    plan = Cast(formats.by_name(format), scaling, power_of_two=power_of_two)  # pyright: ignore[reportArgumentType]
+    plan = cast_named(format, scaling, power_of_two)
     by_row, by_col, row_scale, col_scale = cast_as(plan, x, scale, counters, rows, cols)
     return (
         x.new_empty(0, dtype=plan.format.dtype) if by_row is None else by_row,

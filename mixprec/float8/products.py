@@ -59,7 +59,7 @@ def scaled_product(
 
     Args:
         left, right: FP8, `[m, k]` and `[n, k]`, contiguous, k and n multiples of 16.
-        left_scale, right_scale: FP32 factors, of one element, or `[m, 1]` and `[n, 1]`.
+        left_scale, right_scale: FP32 factors, `[1]`, or `[m, 1]` and `[n, 1]`.
         bias: `[n]` in `out_dtype`.
         fast: sums in the tensor cores' short register where there are any.
     """
@@ -68,9 +68,7 @@ def scaled_product(
         return _without_addends(left, right, bias, out_dtype)
     if not _has_units(left.device):
         return _emulated(left, right, left_scale, right_scale, bias, out_dtype)
-    if left_scale.numel() == right_scale.numel() == 1:
-        left_scale, right_scale = left_scale.view(1), right_scale.view(1)
-    else:
+    if left_scale.ndim == 2 or right_scale.ndim == 2:
         left_scale = left_scale.expand(left.shape[0], 1).contiguous()
         right_scale = right_scale.expand(right.shape[0], 1).contiguous().t()
     # Units add a 16-bit bias before they round, but none to an FP32 result.

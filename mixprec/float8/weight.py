@@ -22,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixprec import formats
 from mixprec.float8.all_gather import ByteGather, GatheredWeight
 from mixprec.float8.cast import Operand8, cast_scaled
 from mixprec.float8.exponents import follow_weight
 from mixprec.float8.late_cast import late_cast
-from mixprec.float8.operand import Operand, cast_as
+from mixprec.float8.operand import Operand, cast_as, cast_named
 from mixprec.float8.operators import operator
-from mixprec.float8.recipe import Cast
 from mixprec.gradients import local
 
 __all__ = ["CachedWeight"]
@@ -211,7 +209,7 @@ def _refresh(
     owner = _at_address.get(row_scale.data_ptr())
     if owner is not None and owner.is_made_of(weight, output, grad_input):
         return
-    plan = Cast(formats.by_name(format), scaling, power_of_two=power_of_two)  # pyright: ignore[reportArgumentType]
+    plan = cast_named(format, scaling, power_of_two)
     if plan.has_exponent:
         made = cast_scaled(weight, plan.format, scale, counters, out=(rows, cols))
     else:
