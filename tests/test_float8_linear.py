@@ -265,6 +265,18 @@ def test_inference_and_no_grad_give_the_same_output() -> None:
         torch.testing.assert_close(linear(x.clone()), y, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_layer_that_begins_with_inference_can_be_trained(recipe: str) -> None:
+    linear, (x, dy) = layer(recipe=recipe), operands(16, 64)
+    expected = run(linear, x, dy)
+    copied = copy.deepcopy(linear)  # its memory comes with its first use
+    with torch.inference_mode():
+        copied(x.clone())
+    for a, b in zip(run(copied, x, dy), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.optim.SGD(copied.parameters(), lr=0.0).step()
+
+
 # ------------------------------------------------------------------ what is cast when
 
 

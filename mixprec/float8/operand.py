@@ -83,7 +83,9 @@ class Operand:
 
     def move_to(self, device: torch.device) -> None:
         """Hold everything on `device`."""
-        if self.scale.device != device:
+        if self.scale.device == device:
+            return
+        with torch.inference_mode(False):  # they are for training too, whoever comes first
             for name in ("scale", "counters", "last", "slack_steps"):
                 setattr(self, name, getattr(self, name).to(device))
 

@@ -89,12 +89,13 @@ class CachedWeight:
         scales = ((out_features, 1), (in_features, 1)), ((1,), (1,))
         for_rows, for_cols = scales[self.operand.cast.scaling != "rowwise"]
         # Scales are tensors of their own: a product takes none that is not aligned to 16 bytes.
-        self.held = (
-            torch.empty(out_features, in_features, dtype=fp8, device=device),
-            torch.empty(in_features, out_features, dtype=fp8, device=device),
-            torch.empty(for_rows, dtype=torch.float32, device=device),
-            torch.empty(for_cols, dtype=torch.float32, device=device),
-        )
+        with torch.inference_mode(False):  # they are for training too, whoever comes first
+            self.held = (
+                torch.empty(out_features, in_features, dtype=fp8, device=device),
+                torch.empty(in_features, out_features, dtype=fp8, device=device),
+                torch.empty(for_rows, dtype=torch.float32, device=device),
+                torch.empty(for_cols, dtype=torch.float32, device=device),
+            )
         _at_address[self.held[2].data_ptr()] = self
         follow_weight(self)
 
