@@ -82,14 +82,14 @@ class Run:
 
 RUNS = (
     Run("without FP8", False),
-    Run("without FP8, nudged", False, nudged=True),
+    Run("nudged", False, nudged=True),
     Run("adaptive", False, "adaptive"),
     Run("adaptive, mean loss", False, "adaptive", mean=True),
     Run("tensorwise", False, "tensorwise"),
     Run("rowwise", False, "rowwise"),
     Run("static", False, "static"),
     Run("without FP8, unit-scaled", True),
-    Run("without FP8, unit-scaled, nudged", True, nudged=True),
+    Run("unit-scaled, nudged", True, nudged=True),
     Run("static, unit-scaled", True, "static"),
     Run("static, unit-scaled, mean loss", True, "static", mean=True),
     Run("adaptive, unit-scaled, mean loss", True, "adaptive", mean=True),
