@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import mixprec
 from mixprec import Precision, formats
 from mixprec.float8 import Cast, Float8Linear, Recipe, operand, weight
+from mixprec.float8 import linear as linear_module
 from mixprec.float8.recipe import PRODUCTS
 
 RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
@@ -551,3 +552,19 @@ def test_a_compiled_model_recompiles_for_no_step() -> None:
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             compiled(x * 4**step).backward(dy)
         optimizer.step()
+
+
+def test_a_cast_of_another_thread_in_between_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, (x, _) = layer(), operands(32, 64)
+    real = linear_module._is_of
+
+    def interrupted(*args: Any) -> bool:
+        found = real(*args)
+        monkeypatch.undo()
+        linear(4 * x)  # as by another thread, right after the look
+        return found
+
+    with torch.no_grad():
+        expected = linear(x)
+        monkeypatch.setattr(linear_module, "_is_of", interrupted)
+        assert torch.equal(linear(x), expected)
