@@ -75,11 +75,16 @@ def _group(name: str) -> Any:
     return _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
 
 
+def _is_group(group: object) -> bool:
+    """Asked in a way that the compiler of torch 2.11 can follow."""
+    return dist.is_available() and isinstance(group, dist.ProcessGroup)
+
+
 def local_shard(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, process_group: Any
 ) -> tuple[Tensor, Tensor, Tensor | None, VocabShard]:
     """Plain tensors of this rank, and what part of the vocabulary they are."""
-    if process_group is not None and not hasattr(process_group, "group_name"):
+    if process_group is not None and not _is_group(process_group):
         raise TypeError(
             f"process_group is a {type(process_group).__name__}; give a ProcessGroup, such as "
             f"mesh.get_group() or torch.distributed.group.WORLD"
