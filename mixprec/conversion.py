@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from mixprec import formats
 from mixprec.formats import FP32, Format
 
-__all__ = ["NORMS", "Report", "Row", "convert", "matches"]
+__all__ = ["NORMS", "Report", "Row", "convert", "matches", "nearest"]
 
 NORMS = "*norm*"
 """Pattern of the modules kept in FP32 by default: few parameters, statistics over many values."""
@@ -111,12 +111,20 @@ def _kept_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     if unused:
         pattern = min(unused, key=list(patterns).index)
         names = [name for name, _ in model.named_modules() if name]
-        near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or ["none"]
         raise ValueError(
             f"keep_fp32 pattern {pattern!r} matches no module, so nothing would be kept for it. "
-            f"Modules with similar names: {', '.join(near)}"
+            f"Modules with similar names: {nearest(pattern, names)}"
         )
     return kept
+
+
+def nearest(pattern: str, names: Iterable[str]) -> str:
+    """The names that a mistyped pattern may have meant, for an error.
+
+    >>> nearest("lm_haed", ["embedding", "lm_head"]), nearest("x", [])
+    ('lm_head, embedding', 'none')
+    """
+    return ", ".join(difflib.get_close_matches(pattern, list(names), n=3, cutoff=0)) or "none"
 
 
 def matches(pattern: str, name: str, module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mixprec.gradients import grad_norm, scale_
+from mixprec.gradients import grad_norm, is_dtensor, scale_
 from mixprec.inner import takes_found_inf
 from mixprec.names import names_of
 
@@ -119,7 +119,7 @@ def _skips_on_device(optimizer: Optimizer) -> bool:
 
 
 def _refuse_sharded(name: str, grad: Tensor) -> None:
-    if hasattr(grad, "_local_tensor"):
+    if is_dtensor(grad):
         raise TypeError(
             f"the gradient of {name} is sharded, and each rank would decide by its own shard "
             f"whether to step, so weights would drift apart. Use torch.amp.GradScaler there, whose "

@@ -151,7 +151,7 @@ class Precision:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = float8.EXCLUDED,
         overrides: Mapping[str, Recipe | str] | None = None,
-        min_dim: int = 1024,
+        min_dim: int = float8.MIN_DIM,
     ) -> Report:
         """Cast `model` in place, as `cast_model` does, and run its linear layers by `recipe`.
 
@@ -300,7 +300,7 @@ def _preset(name: str) -> Format:
 
 
 def _refuse_layer_options(precision: Precision, *options: object) -> None:
-    if options != (None, float8.EXCLUDED, None, 1024):
+    if options != (None, float8.EXCLUDED, None, float8.MIN_DIM):
         raise TypeError(
             f"include, exclude, overrides and min_dim choose layers for FP8, and precision "
             f"{str(precision)!r} has no recipe. Use Precision('fp8', recipe='adaptive')."

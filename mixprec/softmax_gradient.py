@@ -21,13 +21,12 @@ Here in plain torch, with several passes; on a CUDA device a kernel makes two.
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixprec.devices import has_triton
 from mixprec.vocab_shards import VocabShard
 
 __all__ = ["LossTerms", "Rows", "has_kernel", "softmax_gradient_"]
@@ -56,14 +55,9 @@ class Rows(NamedTuple):
     """What rounding took from the gradient at the target of each row."""
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether rows of logits of this kind have a kernel; FP64 has none."""
-    return device.type == "cuda" and dtype != torch.float64 and _has_triton()
+    return device.type == "cuda" and dtype != torch.float64 and has_triton()
 
 
 def softmax_gradient_(

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixprec.gradients import is_dtensor
+
 __all__ = ["VocabShard", "local_shard"]
 
 
@@ -89,7 +91,7 @@ def local_shard(
             f"process_group is a {type(process_group).__name__}; give a ProcessGroup, such as "
             f"mesh.get_group() or torch.distributed.group.WORLD"
         )
-    if not dist.is_available() or not _is_dtensor(weight):
+    if not dist.is_available() or not is_dtensor(weight):
         if process_group is None:
             return hidden, weight, bias, VocabShard(None, 0, weight.shape[0])
         rank, size = dist.get_rank(process_group), dist.get_world_size(process_group)
@@ -109,7 +111,7 @@ def _of_dtensor(
         raise ValueError(
             f"{said}; only its dim 0, the vocabulary, may be sharded, over one mesh dimension"
         )
-    if placements and process_group is None and not _is_dtensor(hidden):
+    if placements and process_group is None and not is_dtensor(hidden):
         raise ValueError(
             f"{said}, and hidden is a plain tensor. Under FSDP read the weight inside the forward "
             f"of the module that owns it, as LinearCrossEntropy does. If all ranks of the mesh "
@@ -126,12 +128,12 @@ def _of_dtensor(
         name = group.group_name if size > 1 else None
     shard = VocabShard(name, start, weight.shape[0], even=False)
     hidden = _replicated(hidden, mesh, placements[0][0] if placements else None)
-    return hidden, local, bias.to_local() if _is_dtensor(bias) else bias, shard
+    return hidden, local, bias.to_local() if is_dtensor(bias) else bias, shard
 
 
 def _replicated(hidden: Any, mesh: Any = None, dim: int | None = None) -> Tensor:
     """What this rank has of hidden states that all ranks of the vocabulary have."""
-    if not _is_dtensor(hidden):
+    if not is_dtensor(hidden):
         return hidden
     placements = hidden.placements
     if dim is not None and hidden.device_mesh == mesh:
@@ -142,8 +144,3 @@ def _replicated(hidden: Any, mesh: Any = None, dim: int | None = None) -> Tensor
             f"vocabulary need the same hidden states: redistribute it to Replicate() over them"
         )
     return hidden.to_local()
-
-
-def _is_dtensor(tensor: Any) -> bool:
-    """Without importing a large part of torch for tensors that are none."""
-    return hasattr(tensor, "device_mesh")

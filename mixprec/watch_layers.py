@@ -6,7 +6,6 @@ Counting happens in hooks, on the device of what is counted, and waits for nothi
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils.hooks import RemovableHandle
 
 from mixprec.binades import BINS, Binades, count
-from mixprec.conversion import matches
+from mixprec.conversion import matches, nearest
 from mixprec.gradients import local
 from mixprec.watch_rows import Row, judge
 
@@ -174,10 +173,9 @@ def _chosen(
         raise ValueError("the model owns no floating-point parameters, so no layer can be watched")
     for pattern in (*(include or ()), *exclude):
         if not any(matches(pattern, name, module) for name, module in owning.items()):
-            near = difflib.get_close_matches(pattern, owning, n=3, cutoff=0)
             raise ValueError(
                 f"pattern {pattern!r} matches no layer that owns parameters. Layers with similar "
-                f"names: {', '.join(near)}"
+                f"names: {nearest(pattern, owning)}"
             )
 
     def is_chosen(name: str, module: nn.Module) -> bool:

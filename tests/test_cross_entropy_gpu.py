@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-from collections.abc import Generator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,6 +27,7 @@ from losses import (
     trained_model,
 )
 from torch import Tensor, nn
+from waiting import no_waiting
 
 from mixprec.cross_entropy import linear_cross_entropy
 from mixprec.logit_chunks import default_chunk_size
@@ -39,17 +38,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-@contextmanager
-def no_waiting() -> Generator[None]:
-    """Any synchronisation of the host with the device raises inside."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def on_gpu(*tensors: Tensor) -> list[Tensor]:

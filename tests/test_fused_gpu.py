@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+from waiting import no_waiting
 
 import mixprec
 from mixprec import formats
@@ -29,16 +29,6 @@ pytestmark = [
 ]
 
 SIZES = (300, 0, 64, 1000, 5000, 8192, 1)
-
-
-@contextmanager
-def no_waiting() -> Generator[None]:
-    """Any synchronisation of the host with the device raises inside."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def randn(size: Any, seed: int = 0, scale: float = 1.0) -> Tensor:

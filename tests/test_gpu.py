@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
+from waiting import no_waiting
 
 import mixprec
 from mixprec import formats
@@ -37,16 +37,6 @@ def give_grads(params: list[nn.Parameter], step: int, dtype: torch.dtype) -> Non
     generator = torch.Generator().manual_seed(100 + step)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).to(dtype).to(p)
-
-
-@contextmanager
-def no_waiting() -> Generator[None]:
-    """Any synchronisation of the host with the device raises inside."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def assert_same(left: Any, right: Any) -> None:

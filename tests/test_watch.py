@@ -3,8 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from waiting import no_waiting
 
 import mixprec
 from mixprec.binades import BINS, Binades, count
@@ -621,15 +621,6 @@ def test_the_table_has_a_line_a_tensor_and_the_sentences_follow() -> None:
 
 
 # ------------------------------------------------------------------ on a GPU
-
-
-@contextmanager
-def no_waiting() -> Generator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

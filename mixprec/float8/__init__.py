@@ -2,6 +2,7 @@
 
 from mixprec.float8.conversion import (
     EXCLUDED,
+    MIN_DIM,
     LayerReport,
     convert,
     enable_fsdp_float8_all_gather,
@@ -14,6 +15,7 @@ from mixprec.float8.stats import Stats, stats
 
 __all__ = [
     "EXCLUDED",
+    "MIN_DIM",
     "Cast",
     "Float8Linear",
     "LayerReport",

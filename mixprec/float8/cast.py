@@ -19,12 +19,13 @@ Here in plain torch; on a CUDA device with FP8 units, kernels write the same byt
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixprec.devices import has_triton
+from mixprec.float8.products import has_units, padded
 from mixprec.formats import E4M3, E5M2, Format
 
 __all__ = [
@@ -45,9 +46,6 @@ __all__ = [
 AMAX_BITS, SATURATED, FLUSHED, NON_FINITE, SEEN = range(5)
 """Places in the counters."""
 NUM_COUNTERS = 8
-
-ALIGNMENT = 16
-"""The units take matrices whose rows are multiples of 16 bytes."""
 
 SMALLEST_AMAX = 1e-12
 """Stands in for a smaller one, as in torchao, so that zeros have a finite multiplier."""
@@ -219,14 +217,12 @@ def cast_rowwise(
 
 def has_kernel(device: torch.device) -> bool:
     """Whether casts run as kernels on this device: CUDA with FP8 units, and Triton."""
-    return device.type == "cuda" and _can_cast(device.index)
+    return device.type == "cuda" and _can_cast(device)
 
 
 @cache
-def _can_cast(index: int | None) -> bool:
-    if torch.version.hip is not None or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(index) >= (8, 9)
+def _can_cast(device: torch.device) -> bool:
+    return has_units(device) and has_triton()
 
 
 def _by_kernel(x: Tensor) -> bool:
@@ -260,9 +256,8 @@ def _empty(
     x: Tensor, format: Format, rows: bool, cols: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     num_rows, num_cols = x.shape
-    padded = -(-num_rows // ALIGNMENT) * ALIGNMENT
     by_row = x.new_empty(num_rows, num_cols, dtype=format.dtype) if rows else None
-    by_col = x.new_empty(num_cols, padded, dtype=format.dtype) if cols else None
+    by_col = x.new_empty(num_cols, padded(num_rows), dtype=format.dtype) if cols else None
     return by_row, by_col
 
 

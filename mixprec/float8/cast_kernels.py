@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixprec.float8.products import padded
 from mixprec.formats import Format
 
 __all__ = ["cast_rowwise_", "cast_scaled_", "cast_tensorwise_"]
@@ -331,7 +332,7 @@ def cast_scaled_(
             factor,
             counters,
             *x.shape,
-            _padded(x),
+            padded(x.shape[0]),
             TYPE=_TYPES[format.name],
             FITTED=fitted,
             FITS=numbers["FITS"],
@@ -517,7 +518,7 @@ def cast_rowwise_(
             col_factors,
             counters,
             *x.shape,
-            _padded(x),
+            padded(x.shape[0]),
             TYPE=_TYPES[format.name],
             POWER_OF_TWO=power_of_two,
             **_FORMATS[format.name],
@@ -534,10 +535,6 @@ def _grid(x: Tensor, tile: dict[str, int], tiles: int = 1) -> tuple[int, int]:
     return triton.cdiv(x.shape[0], tile["BLOCK_R"] * tiles), triton.cdiv(
         x.shape[1], tile["BLOCK_C"]
     )
-
-
-def _padded(x: Tensor) -> int:
-    return -(-x.shape[0] // 16) * 16
 
 
 def _on(x: Tensor) -> Any:

@@ -7,26 +7,26 @@ the report that says why a layer stays in 16 bits; nothing waits for a backward 
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from mixprec import formats
-from mixprec.conversion import NORMS, Report, matches
+from mixprec.conversion import NORMS, Report, matches, nearest
 from mixprec.conversion import convert as cast
 from mixprec.float8.exponents import read_exponents
 from mixprec.float8.linear import Float8Layer, Float8Linear, Float8State
 from mixprec.float8.products import ALIGNMENT, has_units
 from mixprec.float8.recipe import Recipe, by_name
-from mixprec.float8.tensor_parallel import is_dtensor
 from mixprec.formats import Format
+from mixprec.gradients import is_dtensor
 
 _STAYS = "16 bits"
 
 __all__ = [
     "EXCLUDED",
+    "MIN_DIM",
     "Layer",
     "LayerReport",
     "convert",
@@ -39,6 +39,9 @@ __all__ = [
 
 EXCLUDED = ("lm_head", "head", "*router*", "*readout*", "*classifier*")
 """Output layers and routers: a small error there changes a choice, not one addend of many."""
+
+MIN_DIM = 1024
+"""Below it casts cost more time than products save, measured with thousands of tokens."""
 
 _16_BITS = ("bf16", "fp16", "fp32")
 
@@ -107,7 +110,7 @@ def convert(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = EXCLUDED,
     overrides: Mapping[str, Recipe | str] | None = None,
-    min_dim: int = 1024,
+    min_dim: int = MIN_DIM,
 ) -> LayerReport:
     """Cast `model` to `params` and run its linear layers by `recipe`. See `Precision.convert`.
 
@@ -357,11 +360,10 @@ def _check_patterns(
             if pattern in EXCLUDED and option == "exclude":
                 continue
             if not any(matches(pattern, name, module) for name, module in linears):
-                names = [name for name, _ in linears]
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0) or ["none"]
+                near = nearest(pattern, (name for name, _ in linears))
                 raise ValueError(
                     f"{option} pattern {pattern!r} matches no linear layer, so it would do "
-                    f"nothing. Layers with similar names: {', '.join(near)}"
+                    f"nothing. Layers with similar names: {near}"
                 )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixprec import formats
 from mixprec.float8.operand import cast_as, cast_named
 from mixprec.float8.operators import operator
+from mixprec.float8.products import padded
 from mixprec.float8.recipe import Cast
 
 __all__ = ["late_cast"]
@@ -63,7 +64,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_cols = weight.shape
     return (
-        weight.new_empty(num_cols, -(-num_rows // 16) * 16, dtype=formats.by_name(format).dtype),
+        weight.new_empty(num_cols, padded(num_rows), dtype=formats.by_name(format).dtype),
         scale.new_empty((num_cols, 1) if scaling == "rowwise" else (1,)),
     )
 

@@ -24,9 +24,10 @@ from mixprec.float8.cast import Operand8
 from mixprec.float8.operand import Operand
 from mixprec.float8.products import scaled_product
 from mixprec.float8.recipe import OPERANDS, Recipe
-from mixprec.float8.tensor_parallel import Shards, is_dtensor
+from mixprec.float8.tensor_parallel import Shards
 from mixprec.float8.weight import CachedWeight
 from mixprec.function_call import call
+from mixprec.gradients import is_dtensor
 
 __all__ = ["Float8Layer", "Float8Linear", "Float8State", "float8_linear"]
 

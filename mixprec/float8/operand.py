@@ -26,7 +26,7 @@ from mixprec.float8.cast import (
 )
 from mixprec.float8.exponents import follow, scale_for
 from mixprec.float8.operators import operator
-from mixprec.float8.products import ALIGNMENT
+from mixprec.float8.products import padded
 from mixprec.float8.recipe import Cast
 
 __all__ = ["Operand", "cast_as", "cast_named"]
@@ -163,11 +163,10 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = formats.by_name(format).dtype
     num_rows, num_cols = x.shape
-    padded = (num_rows + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     rowwise = scaling == "rowwise"
     return (
         x.new_empty((num_rows, num_cols) if rows else (0,), dtype=dtype),
-        x.new_empty((num_cols, padded) if cols else (0,), dtype=dtype),
+        x.new_empty((num_cols, padded(num_rows)) if cols else (0,), dtype=dtype),
         scale.new_empty((num_rows if rows else 0, 1) if rowwise else (1,)),
         scale.new_empty((num_cols if cols else 0, 1) if rowwise else (0,)),
     )
@@ -182,7 +181,7 @@ def _inlined(x: Tensor, plan: Cast, rows: bool, cols: bool) -> Operand8:
     by_row = _codes(x, plan) if rows else None
     by_col = None
     if cols:
-        excess = -x.shape[0] % ALIGNMENT
+        excess = padded(x.shape[0]) - x.shape[0]
         by_col = _codes(F.pad(x, (0, 0, 0, excess)), plan).t().contiguous()
     return Operand8(by_row, by_col, factor, factor)
 

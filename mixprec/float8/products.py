@@ -15,10 +15,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "has_units", "scaled_product"]
+__all__ = ["ALIGNMENT", "has_units", "padded", "scaled_product"]
 
 ALIGNMENT = 16
 """Sizes that are summed over, or contiguous in the result, are multiples of it."""
+
+
+def padded(size: int) -> int:
+    """The multiple of `ALIGNMENT` at or above `size`.
+
+    >>> padded(16), padded(17), padded(0)
+    (16, 32, 0)
+    """
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def has_units(device: torch.device) -> bool:

@@ -22,13 +22,9 @@ from torch import Tensor
 from torch.autograd.function import Function
 
 from mixprec.float8.products import ALIGNMENT
+from mixprec.gradients import is_dtensor
 
-__all__ = ["Shards", "is_dtensor"]
-
-
-def is_dtensor(tensor: object) -> bool:
-    """Whether `tensor` is a DTensor; no process without one imports what defines it."""
-    return hasattr(tensor, "_local_tensor")
+__all__ = ["Shards"]
 
 
 class Shards:

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from mixprec import state_formats
 from mixprec.admission import undisturbed
+from mixprec.devices import has_triton
 from mixprec.fused.admission import FusedAdmission, admit_fused
 from mixprec.fused.alike import step_alike
 from mixprec.fused.dispatch import NotFusible
-from mixprec.fused.launch import has_triton, is_dense
+from mixprec.fused.launch import is_dense
 from mixprec.fused.members import NOBODY, Candidates, Members
 from mixprec.fused.program import GRAD, Program
 from mixprec.fused.record import Probe

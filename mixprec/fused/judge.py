@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from mixprec import gradients
+from mixprec.devices import has_triton
 from mixprec.fused.launch import (
     Addresses,
     chunk_table,
-    has_triton,
     is_dense,
     module_of,
     upload,

@@ -9,7 +9,6 @@ gradient, states) must have the same strides and no gaps; see `is_dense`.
 
 from __future__ import annotations
 
-import importlib.util
 import linecache
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ __all__ = [
     "TwinLaunch",
     "chunk_table",
     "flat",
-    "has_triton",
     "is_capturing",
     "is_dense",
     "module_of",
@@ -41,12 +39,6 @@ __all__ = [
 
 Tensors = Mapping[str, Tensor]
 """What is stored for one parameter, by column of `triton_emit.columns`."""
-
-
-@cache
-def has_triton() -> bool:
-    """Whether kernels can be made here. Triton comes with torch's CUDA builds."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mixprec.devices import has_triton
 from mixprec.fused.cohorts import Cohort, Entry, elements_of
 from mixprec.fused.guard import Guard
-from mixprec.fused.launch import KernelLaunch, Launch, TwinLaunch, has_triton
+from mixprec.fused.launch import KernelLaunch, Launch, TwinLaunch
 from mixprec.fused.members import Members
 from mixprec.fused.program import Program
 from mixprec.fused.record import Recording, RuleState

@@ -24,7 +24,6 @@ from mixprec.function_call import call
 __all__ = [
     "CONSTRAINTS",
     "Constraint",
-    "call",
     "constrain",
     "interpolate",
     "scale_bwd",
