@@ -166,6 +166,8 @@ def _listen() -> None:
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _operands:  # no layer of this process is left
+        return
     stepped = {id(param) for group in optimizer.param_groups for param in group["params"]}
     for weight in list(_weights):
         weight.forget_if_of(stepped)
