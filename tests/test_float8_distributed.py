@@ -33,7 +33,8 @@ def run_rank(rank: int, checks: tuple[Callable[[int], None], ...], folder: str, 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(Path(folder) / "store"), ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    backend = "cpu:gloo,cuda:nccl" if ranks == 1 else "gloo"  # one rank alone is on a GPU
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     for check in checks:
         torch.manual_seed(0)
         check(rank)
@@ -529,6 +530,53 @@ def test_fsdp2_gathers_bytes_and_gives_the_same() -> None:
 
 def test_fsdp2_gathers_bytes_of_uneven_and_of_empty_shards() -> None:
     on_ranks(check_bytes_of_uneven_and_empty_shards, ranks=5)
+
+
+def test_a_gathered_weight_takes_its_factor_whenever_it_has_moved_and_only_then() -> None:
+    weight = GatheredWeight(torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(1), BF16)
+    scale = torch.tensor([4.0, 0.25])
+    weight.take_factor(scale)
+    assert weight.factor.item() == 0.25 and weight.factor._version == 0
+    weight.factor.fill_(7.0)
+    weight.take_factor(scale)
+    assert weight.factor.item() == 7.0, "copied, though nothing has moved"
+    scale.copy_(torch.tensor([2.0, 0.5]))
+    weight.take_factor(scale)
+    assert weight.factor.item() == 0.5
+    weight.take_factor(torch.tensor([8.0, 0.125]))
+    assert weight.factor.item() == 0.125
+
+
+def check_on_a_gpu(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.cuda.set_device(rank)
+    mesh = init_device_mesh("cuda", (1,))
+    for recipe in RECIPES:
+        for by_bytes in (False, True):
+            alone, model = build(recipe).cuda(), build(recipe).cuda()
+            if by_bytes and not float8.enable_fsdp_float8_all_gather(model):
+                continue
+            for block in (*model, model):
+                fully_shard(block, mesh=mesh)
+            steppers = [(one, optimizer_for(one)) for one in (alone, model)]
+            for step in range(STEPS):
+                x, dy = (t.cuda() for t in data(step, 1))
+                outputs: list[Tensor] = []
+                for one, stepper in steppers:
+                    outputs.append(one(x))
+                    outputs[-1].backward(dy)
+                    stepper.step()
+                    stepper.zero_grad()
+                assert torch.equal(*outputs), f"{recipe}, by_bytes={by_bytes}, step {step}"
+            assert_same([], model, ([], alone))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fsdp2_on_a_gpu_gives_what_the_layers_give_without_it() -> None:
+    on_ranks(check_on_a_gpu, ranks=1)
 
 
 # ------------------------------------------------------------------ DDP

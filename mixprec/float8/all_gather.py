@@ -19,6 +19,7 @@ of an optimizer that it alone has.
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class ByteGather:
 
     def mark(self, weight: Any) -> None:
         """Have FSDP2 gather the DTensor `weight`, cut along its rows, by this."""
+        if getattr(weight._local_tensor, "by", None) is self:
+            return
         *others, last = weight.placements
         if last.is_shard(0) and all(placement.is_replicate() for placement in others):
             weight._local_tensor = _shard(weight._local_tensor, self)
@@ -66,12 +69,14 @@ class ByteGather:
         if operand.cast.scaling == "adaptive":
             counters = self.uncounted = self.uncounted.to(rows.device)
             self.has_counted = True
+        format, num_rows = operand.cast.format, rows.shape[0]
         most = -(-size[0] // mesh.size())
-        made = rows.new_empty(most, size[1], dtype=operand.cast.format.dtype)
-        made[len(rows) :].view(torch.uint8).zero_()
-        out = made[: len(rows)], None
-        cast_scaled(rows, operand.cast.format, operand.scale, counters, out=out)
-        return made.view(torch.uint8)
+        codes = rows.new_empty(most, size[1], dtype=torch.uint8)
+        own = codes if num_rows == most else codes[:num_rows]
+        cast_scaled(rows, format, operand.scale, counters, out=(own.view(format.dtype), None))
+        if num_rows < most:
+            codes[num_rows:].zero_()
+        return codes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -110,14 +115,17 @@ class WeightShard(Tensor):
         out: Any = None,
     ) -> Any:
         """The gathered weight; FSDP2 keeps it, and fills the memory of its bytes each time."""
-        factor = self.by.operand.scale[1:]
-        if out is not None:
-            # As FSDP2 does with the bytes: what is saved for a backward pass is written anew.
-            with torch.autograd._unsafe_preserve_version_counter(out.factor):
-                out.factor.copy_(factor)
-            return None
-        rows = all_gather_outputs[0].view(self.by.operand.cast.format.dtype)[:metadata]
-        return GatheredWeight(rows, factor.clone(), param_dtype), ()
+        scale = self.by.operand.scale
+        if out is None:
+            rows = all_gather_outputs[0].view(self.by.operand.cast.format.dtype)[:metadata]
+            out = GatheredWeight(rows, scale.new_empty(1), param_dtype)
+            out.take_factor(scale)
+            return out, ()
+        out.take_factor(scale)
+        return None
+
+    # FSDP2 asks for it before each call, and it takes longer to find out than to cast.
+    fsdp_pre_all_gather.__signature__ = signature(fsdp_pre_all_gather)  # pyright: ignore[reportFunctionMemberAccess]
 
     # What FSDP2 itself makes of a shard, to pad it or to move it, must not lose this.
 
@@ -178,6 +186,21 @@ class GatheredWeight(Tensor):
 
     def __init__(self, rows: Tensor, factor: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
+        self._taken: tuple[Tensor, int] | None = None
+        self._in_graph = False
+        """Whether a CUDA graph holds a gathering: replays may move `scale` past its version."""
+
+    def take_factor(self, scale: Tensor) -> None:
+        """Go on with the factor `scale[1]`, which is copied only if it may have moved."""
+        self._in_graph |= scale.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not self._in_graph and self._taken is not None:
+            tensor, version = self._taken
+            if tensor is scale and version == scale._version:
+                return
+        # As FSDP2 does with the bytes: what is saved for a backward pass is written anew.
+        with torch.autograd._unsafe_preserve_version_counter(self.factor):
+            self.factor.copy_(scale[1:])
+        self._taken = scale, scale._version
 
     def __repr__(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return f"GatheredWeight({list(self.shape)}, {self.dtype}, held in {self.rows.dtype})"

@@ -321,7 +321,7 @@ def cast_scaled_(
         by_col = None
     numbers = _FORMATS[format.name]
     tile = _TILE if counters is None and x.shape[1] % 16 == 0 else _SMALL_TILE
-    factor = torch.empty(1, dtype=torch.float32, device=x.device)
+    factor = x.new_empty(1, dtype=torch.float32)
     tiles = 1 if counters is None else _COUNTED_TILES
     with _on(x):
         _cast_kernel[_grid(x, tile, tiles)](

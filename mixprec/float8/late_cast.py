@@ -13,18 +13,19 @@ import torch
 from torch import Tensor
 
 from mixprec import formats
+from mixprec.float8.cast import has_kernel
 from mixprec.float8.operand import cast_as, cast_named
 from mixprec.float8.operators import operator
 from mixprec.float8.products import padded
 from mixprec.float8.recipe import Cast
 
-__all__ = ["late_cast"]
+__all__ = ["late_cast", "transposed"]
 
 
 def late_cast(
     weight: Tensor, grad_output: Tensor, cast: Cast, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`weight` `[R, C]` transposed in FP8, `[C, R16]`, and its factor.
+    """`weight` `[R, C]` transposed in FP8, `[C, R16]`, and its factor, empty if it was FP8 before.
 
     Args:
         weight: BF16, FP16 or FP32; or FP8 already, with R a multiple of 16.
@@ -38,6 +39,15 @@ def late_cast(
     return _late_cast(weight, grad_output, scale, *options)
 
 
+def transposed(weight: Tensor) -> Tensor:
+    """`weight.t().contiguous()` of a contiguous FP8 matrix."""
+    if weight.numel() and has_kernel(weight.device):
+        from mixprec.float8 import transpose_kernels as kernels
+
+        return kernels.transpose(weight.view(torch.uint8)).view(weight.dtype)
+    return weight.view(torch.uint8).t().contiguous().view(weight.dtype)
+
+
 def _late_cast(
     weight: Tensor,
     grad_output: Tensor,
@@ -48,7 +58,7 @@ def _late_cast(
 ) -> tuple[Tensor, Tensor]:
     plan = cast_named(format, scaling, power_of_two)
     if weight.dtype == plan.format.dtype:
-        return weight.t().contiguous(), scale[1:].clone()
+        return transposed(weight), scale.new_empty(0)
     made = cast_as(plan, weight, scale, None, False, True)
     assert made.cols is not None
     return made.cols, made.col_scale
@@ -63,9 +73,11 @@ def _fake(
     power_of_two: bool,
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_cols = weight.shape
+    dtype = formats.by_name(format).dtype
+    factors = (num_cols, 1) if scaling == "rowwise" else (1,)
     return (
-        weight.new_empty(num_cols, padded(num_rows), dtype=formats.by_name(format).dtype),
-        scale.new_empty((num_cols, 1) if scaling == "rowwise" else (1,)),
+        weight.new_empty(num_cols, padded(num_rows), dtype=dtype),
+        scale.new_empty((0,) if weight.dtype == dtype else factors),
     )
 
 

@@ -80,9 +80,9 @@ class CachedWeight:
         """Memory for the copies on the device of `weight`, which may be new, or of its shard."""
         self.forget()
         self.held = None
-        weight = local(weight)
-        if weight.is_meta or self.is_gathered:
+        if self.is_gathered or weight.is_meta:
             return
+        weight = local(weight)
         self.operand.move_to(weight.device)
         fp8, device = self.operand.cast.format.dtype, weight.device
         out_features, in_features = weight.shape
@@ -103,11 +103,11 @@ class CachedWeight:
         """The copies of `weight`, scaled for the products output and grad_input."""
         compiling = torch.compiler.is_compiling()
         if isinstance(weight, GatheredWeight):
-            factor = weight.factor * output
+            factor = _times(weight.factor, output)
             return Operand8(weight.rows, None, factor, factor)
         if self.is_gathered:
             made = self.operand(weight, cols=False)
-            factor = made.row_scale * output
+            factor = _times(made.row_scale, output)
             return made._replace(row_scale=factor, col_scale=factor)
         if not compiling:
             if self.held is None or self.held[2].device != weight.device:
@@ -135,9 +135,10 @@ class CachedWeight:
         cast = self.operand.cast
         scale = self.operand.scale if scale is None else scale
         if isinstance(weight, GatheredWeight):
-            return late_cast(weight.rows, grad_output, cast, scale)[0], weight.factor * grad_input
+            cols, _ = late_cast(weight.rows, grad_output, cast, scale)
+            return cols, _times(weight.factor, grad_input)
         cols, factor = late_cast(weight, grad_output, cast, scale)
-        return cols, factor * grad_input
+        return cols, _times(factor, grad_input)
 
     def is_made_of(self, weight: Tensor, output: float, grad_input: float) -> bool:
         """Whether the copies are those of `weight` as it is now."""
@@ -185,6 +186,11 @@ def _signs(weight: Tensor, output: float, grad_input: float) -> list[Any]:
 
 def _is_captured(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _times(factor: Tensor, multiplier: float) -> Tensor:
+    """A product that is not launched where it changes nothing."""
+    return factor if multiplier == 1 else factor * multiplier
 
 
 def _scaled(operand: Operand8, output: float, grad_input: float) -> Operand8:

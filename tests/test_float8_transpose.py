@@ -1,0 +1,47 @@
+"""A matrix of bytes is transposed as torch does it.
+
+Without a GPU, by Triton's interpreter: TRITON_INTERPRET=1 python -m pytest <this file>
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from mixprec.float8.late_cast import transposed
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+SHAPES = [(16, 16), (16, 4096), (4096, 16), (80, 208), (64, 128), (1024, 3072), (1, 1), (65, 129)]
+
+
+def every_code(shape: tuple[int, int], device: str) -> torch.Tensor:
+    numbers = torch.arange(shape[0] * shape[1], device=device)
+    return (numbers * 167 + numbers // 256).to(torch.uint8).view(shape)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 16), (16, 0)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_columns_become_rows(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    codes = every_code(shape, "cpu")
+    found = transposed(codes.view(dtype))
+    assert found.dtype == dtype and found.is_contiguous()
+    assert torch.equal(found.view(torch.uint8), codes.t())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(),
+    reason="needs a CUDA device or TRITON_INTERPRET=1",
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel_writes_the_same_bytes(shape: tuple[int, int]) -> None:
+    from mixprec.float8 import transpose_kernels
+
+    codes = every_code(shape, "cpu" if INTERPRETED else "cuda")
+    found = transpose_kernels.transpose(codes)
+    wrong = (found != codes.t()).nonzero()
+    assert not len(wrong), f"{len(wrong)} bytes differ, the first at {wrong[0].tolist()}"
