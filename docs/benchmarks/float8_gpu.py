@@ -1,17 +1,19 @@
 """FP8 on one CUDA device beside its peers: casts, linear layers, a decoder block, and the errors.
 
-    python docs/benchmarks/float8_gpu.py [--only cast linear small micro block accumulation sqnr]
+    python docs/benchmarks/float8_gpu.py [--only cast linear small depth micro block ...]
 
     cast            the cast kernels, beside torch.compile of the same expression
     linear          forward and backward of one layer at 16384 tokens, and at 8192^3
     small           the same at 4096 tokens, where the host is slow: eager, compiled, CUDA graph
+    depth           8 layers in a row at 4096 tokens, where the host works ahead of the device
     micro           a step of 8 micro-batches between two changes of the weight
     block           a Llama-8B-shaped block with its optimizer step: time and peak memory
     accumulation    what the short register of the tensor cores loses on sums of one sign
     sqnr            signal over error of the three products, by size of values and kind of outliers
 
-Every way runs once a round, so that a clock which moves with the chip's power moves for all of
-them; medians of the rounds, by CUDA events. All inputs are random: products of zeros run faster.
+Every way runs once a round, in another order each, so that a clock which moves with the chip's
+power moves for all of them; medians of the rounds, by CUDA events. All inputs are random: products
+of zeros run faster.
 Every way is also compared with BF16, or with FP64, in the same run, and one that is wrong is named
 and left out.
 `--quick` takes small shapes and runs on a CPU, without what needs a GPU, to try the script itself.
@@ -26,6 +28,7 @@ import argparse
 import gc
 import json
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -107,21 +110,22 @@ def interleaved(ways: dict[str, Work], calls: int = 4, *, ahead: bool = True) ->
         except Exception as error:
             print(f"({name} failed: {said(error)})")
         synchronize()
+    order = random.Random(0)
     for _ in range(1 if RUN.quick else RUN.rounds):
-        for name in times:
+        for name in order.sample(list(times), len(times)):  # who runs after whom matters
             times[name].append(timed(ways[name], 1 if RUN.quick else calls, ahead))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def host_us(work: Work) -> float:
+def host_us(work: Work, calls: int = 20) -> float:
     """Microseconds that the host spends on a call while the device is busy with something else."""
     synchronize()
     if CUDA:
         torch.cuda._sleep(20_000_000)
     start = time.perf_counter()
-    for _ in range(20):
+    for _ in range(calls):
         work()
-    spent = 1e6 * (time.perf_counter() - start) / 20
+    spent = 1e6 * (time.perf_counter() - start) / calls
     synchronize()
     return spent
 
@@ -271,20 +275,18 @@ def section_tiles() -> None:
     from mixprec.float8 import cast_kernels
 
     kernels: Any = cast_kernels
-    # Rows, columns, warps, and tiles that are counted together.
-    tiles = [(64, 128, 4, 1), (64, 128, 8, 1), (64, 128, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4)]
-    tiles += [(64, 256, 8, 1), (64, 256, 8, 4), (128, 128, 16, 1), (128, 128, 16, 4)]
-    tiles += [(128, 64, 4, 1), (128, 64, 8, 4), (32, 256, 8, 2), (32, 256, 8, 4), (64, 64, 2, 1)]
+    # Rows, columns, warps.
+    tiles = [(64, 128, 4), (64, 128, 8), (64, 64, 2), (64, 64, 4), (64, 256, 8), (128, 128, 16)]
+    tiles += [(128, 64, 4), (128, 64, 8), (32, 256, 8)]
     rows: list[list[Any]] = []
     scale = torch.tensor([2.0, 0.5], device=DEVICE)
     counters = torch.zeros(NUM_COUNTERS, dtype=torch.int64, device=DEVICE)
     shapes = [(16384, 4096), (16384, 14336)]
     inputs = {shape: [randn(*shape, seed=seed) for seed in range(2)] for shape in shapes}
     for tile in tiles:
-        chosen = dict(zip(("BLOCK_R", "BLOCK_C", "num_warps"), tile[:3], strict=True))
+        chosen = dict(zip(("BLOCK_R", "BLOCK_C", "num_warps"), tile, strict=True))
         kernels._TILE = kernels._SMALL_TILE = kernels._ROWWISE_TILE = chosen
-        kernels._COUNTED_TILES = tile[3]
-        cells: list[Any] = [f"{tile[0]}x{tile[1]}, {tile[2]} warps, {tile[3]}"]
+        cells: list[Any] = [f"{tile[0]}x{tile[1]}, {tile[2]} warps"]
         for shape, x in inputs.items():
             turn = iter(x * 1_000_000)
             ways: dict[str, Work] = {
@@ -537,6 +539,68 @@ def section_small() -> None:
                 bar(name, times[base] / times[ours], 1.25)
         del layer, ways
         clean()
+
+
+# ------------------------------------------------------------------ layers in a row
+
+
+def section_depth() -> None:
+    tokens, width, count = (32, 64, 2) if RUN.quick else (4096, 4096, 8)
+    x, dy = randn(tokens, width, seed=1).requires_grad_(), randn(tokens, width, seed=2)
+    plain = nn.Sequential(
+        *(nn.Linear(width, width, bias=False, device=DEVICE, dtype=BF16) for _ in range(count))
+    )
+    with torch.no_grad():
+        for seed, layer in enumerate(plain):
+            assert isinstance(layer, nn.Linear)
+            layer.weight.copy_(width**-0.5 * randn(width, width, seed=seed, dtype=torch.float32))
+    exact = plain(x).detach().float()
+
+    def converted(recipe: str) -> nn.Module:
+        model = deepcopy(plain)
+        mixprec.Precision("fp8", recipe=recipe).convert(model, min_dim=16)
+        settle(model, x, dy)
+        return model
+
+    def step(model: nn.Module) -> Work:
+        params = list(model.parameters())
+
+        def work() -> None:
+            x.grad = None
+            for param in params:
+                param.grad = None
+            model(x).backward(dy)
+
+        error = (model(x).detach().float() - exact).norm() / exact.norm()
+        assert error < 0.2, f"off by {error:.2f}"  # count^1/2 times 3.7 % is 0.10
+        work()
+        return work
+
+    ways: dict[str, Work] = {"bf16 eager": step(deepcopy(plain))}
+    attempt(ways, "adaptive", lambda: step(converted("adaptive")))
+    attempt(ways, "tensorwise", lambda: step(converted("tensorwise")))
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "bf16 compiled": lambda: deepcopy(plain),
+        "adaptive compiled": lambda: converted("adaptive"),
+    }
+    if has_torchao():
+        makers["torchao tensorwise compiled"] = lambda: torchao(deepcopy(plain), "tensorwise")
+    for name, make in makers.items():
+        if RUN.may_compile(name):
+            attempt(ways, name, lambda make=make: step(compile(make())))
+    times = interleaved(ways, ahead=False)
+    hosts = {name: host_us(ways[name], calls=3) / count for name in times}
+    table(
+        f"{count} layers in a row, forward and backward, {tokens} tokens, {width} -> {width}",
+        ["", "ms a layer", "of bf16 eager", "host us a layer"],
+        [
+            [name, f"{ms / count:.3f}", f"{times['bf16 eager'] / ms:.2f}x", f"{hosts[name]:.0f}"]
+            for name, ms in times.items()
+        ],
+    )
+    if "adaptive compiled" in times and "bf16 compiled" in times:
+        gain = times["bf16 compiled"] / times["adaptive compiled"]
+        bar(f"{count} layers of {width}, {tokens} tokens: adaptive over bf16, compiled", gain, 1.25)
 
 
 # ------------------------------------------------------------------ micro-batches
@@ -859,6 +923,7 @@ SECTIONS: dict[str, Work] = {
     "cast": section_cast,
     "linear": section_linear,
     "small": section_small,
+    "depth": section_depth,
     "micro": section_micro,
     "block": section_block,
     "accumulation": section_accumulation,

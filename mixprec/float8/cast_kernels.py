@@ -240,6 +240,7 @@ def _cast_kernel(
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     tops = tl.zeros((BLOCK_R, BLOCK_C // 16), tl.int32)
     counts = tl.zeros((BLOCK_R, BLOCK_C // 16), tl.int32)
+    # With 1 tile too: without the loop, Triton 3.6 makes a kernel that takes 13 % longer.
     for tile in range(TILES):
         rows = first_row + tile * BLOCK_R + tl.arange(0, BLOCK_R)
         values = _load(x, rows, columns, num_rows, num_cols)
