@@ -7,7 +7,8 @@
                                                       keep a GPU busy, and a last run shows them all
 
 1. Unit-scaled linear and MLP against torch.nn.functional, BF16, forward and backward, eager and
-   compiled: medians of interleaved rounds.
+   compiled: medians of interleaved rounds, on a device that has work already, as in a model, and on
+   an idle one, where the host's time until the first kernel counts too.
 2. Their errors against FP64, beside those of plain BF16.
 3. A byte-level decoder on the sources of Python's own library, AdamW, TF32: the best learning rate
    at widths 128 to 1024, unit-scaled and standard, two seeds.
@@ -20,6 +21,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from operator import truediv
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -78,22 +80,29 @@ def operands(rows: int, width: int, device: str) -> tuple[Tensor, list[Tensor]]:
     return leaves[0], leaves[1:]
 
 
-def timed(call: Callable[[], None], device: str) -> float:
-    """Milliseconds."""
+def timed(call: Callable[[], None], device: str, *, busy: bool) -> float:
+    """Milliseconds of a call on an idle device, or of each of four on one that has work already."""
+    calls = 4 if busy else 1
     if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - begin)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return 1e3 * (time.perf_counter() - start) / calls
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if busy:
+        torch.cuda._sleep(4_000_000)  # 2 ms
     begin.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
+    return float(begin.elapsed_time(end)) / calls
 
 
 def overhead(device: str, sizes: list[tuple[int, int]], rounds: int) -> None:
-    print("| | rows x width | plain ms | unit ms | ratio |\n|---|---|---|---|---|")
+    print(
+        "| | rows x width | plain ms | unit ms | ratio | idle device |\n|---|---|---|---|---|---|"
+    )
     for rows, width in sizes:
         for name, pair in PAIRS.items():
             for mode in ("eager", "compiled"):
@@ -113,17 +122,27 @@ def overhead(device: str, sizes: list[tuple[int, int]], rounds: int) -> None:
                     for _ in range(5):
                         call()
                     calls.append(call)
-                times: list[list[float]] = [[], []]
-                for _ in range(rounds):
-                    for place, call in enumerate(calls):
-                        times[place].append(timed(call, device))
-                plain, unit = map(median, times)
-                ratios = median(u / p for p, u in zip(*times, strict=True))
+                times = {
+                    busy: rounds_of(calls, device, rounds, busy=busy) for busy in (True, False)
+                }
+                plain, unit = map(median, times[True])
+                busy, idle = (median(map(truediv, t[1], t[0])) for t in times.values())
                 print(
                     f"| {name}, {mode} | {rows} x {width} | {plain:.3f} | {unit:.3f} | "
-                    f"{ratios:.3f}{'' if ratios <= 1.02 else ' (over 1.02)'} |",
+                    f"{busy:.3f}{'' if busy <= 1.02 else ' (over 1.02)'} | {idle:.3f} |",
                     flush=True,
                 )
+
+
+def rounds_of(
+    calls: list[Callable[[], None]], device: str, rounds: int, *, busy: bool
+) -> tuple[list[float], ...]:
+    """Milliseconds of each call, round by round, the order reversed from one to the next."""
+    times: tuple[list[float], ...] = tuple([] for _ in calls)
+    for number in range(rounds):
+        for place in range(len(calls))[:: 1 if number % 2 else -1]:
+            times[place].append(timed(calls[place], device, busy=busy))
+    return times
 
 
 # ------------------------------------------------------------------ 2. errors
