@@ -21,7 +21,6 @@ them.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixprec.devices import on_device_of
 from mixprec.float8.products import padded
 from mixprec.formats import Format
 
@@ -51,7 +51,6 @@ _FORMATS: dict[str, dict[str, Any]] = {
     "e5m2": {"MAX": 57344.0, "EXPONENT": 15, "FITS": 61440.0 - 2.0**-8, "FLUSHED": 2.0**-17},
 }
 _TYPES = {"e4m3": tl.float8e4nv, "e5m2": tl.float8e5}
-_HERE = nullcontext()
 
 
 # ---------------------------------------- parts of kernels
@@ -324,7 +323,7 @@ def cast_scaled_(
     tile = _TILE if counters is None and x.shape[1] % 16 == 0 else _SMALL_TILE
     factor = x.new_empty(1, dtype=torch.float32)
     tiles = 1 if counters is None else _COUNTED_TILES
-    with _on(x):
+    with on_device_of(x):
         _cast_kernel[_grid(x, tile, tiles)](
             x,
             by_row,
@@ -356,8 +355,8 @@ def cast_tensorwise_(
     work = torch.zeros(2, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
     numbers = _FORMATS[format.name]
-    with _on(x):
-        _fit_kernel[(triton.cdiv(x.numel(), _AMAX_BLOCK * _AMAX_BLOCKS),)](
+    with on_device_of(x):
+        _fit_kernel[(_blocks(x.numel(), _AMAX_BLOCK * _AMAX_BLOCKS),)](
             x,
             scale,
             work,
@@ -497,12 +496,8 @@ def cast_rowwise_(
     row_keys, col_keys = keys.split(sizes)
     row_factors, col_factors = (x.new_empty(size, 1, dtype=torch.float32) for size in sizes)
     amax, tile = _AMAX_TILE, _ROWWISE_TILE
-    grid = (
-        triton.cdiv(x.shape[0], amax["BLOCK_R"] * amax["TILES"]),
-        triton.cdiv(x.shape[1], amax["BLOCK_C"]),
-    )
-    with _on(x):
-        _keys_kernel[grid](
+    with on_device_of(x):
+        _keys_kernel[_grid(x, amax, amax["TILES"])](
             x,
             None if by_row is None else row_keys,
             None if by_col is None else col_keys,
@@ -533,13 +528,9 @@ def cast_rowwise_(
 
 def _grid(x: Tensor, tile: dict[str, int], tiles: int = 1) -> tuple[int, int]:
     """Neighbours are below each other: what they write of a column is in the same lines."""
-    return triton.cdiv(x.shape[0], tile["BLOCK_R"] * tiles), triton.cdiv(
-        x.shape[1], tile["BLOCK_C"]
-    )
+    return _blocks(x.shape[0], tile["BLOCK_R"] * tiles), _blocks(x.shape[1], tile["BLOCK_C"])
 
 
-def _on(x: Tensor) -> Any:
-    """Triton launches on the current device; setting that takes as long as a launch does."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device_of(x)
+def _blocks(size: int, block: int) -> int:
+    """How many blocks cover `size`; `triton.cdiv` takes the host as long as five operations."""
+    return -(-size // block)

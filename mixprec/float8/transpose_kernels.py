@@ -7,12 +7,11 @@ them.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mixprec.devices import on_device_of
 
 __all__ = ["transpose"]
 
@@ -35,7 +34,7 @@ def transpose(x: Tensor) -> Tensor:
     """`x.t().contiguous()` of a contiguous uint8 matrix that is not empty."""
     num_rows, num_cols = x.shape
     out = x.new_empty(num_cols, num_rows)
-    grid = triton.cdiv(num_rows, _BLOCK_R), triton.cdiv(num_cols, _BLOCK_C)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    grid = -(-num_rows // _BLOCK_R), -(-num_cols // _BLOCK_C)
+    with on_device_of(x):
         _kernel[grid](x, out, num_rows, num_cols, BLOCK_R=_BLOCK_R, BLOCK_C=_BLOCK_C)
     return out
