@@ -588,6 +588,10 @@ def section_depth() -> None:
     for name, make in makers.items():
         if RUN.may_compile(name):
             attempt(ways, name, lambda make=make: step(compile(make())))
+    for name in ("bf16 compiled", "adaptive compiled"):
+        if RUN.may_compile(f"{name}, CUDA graphs"):
+            graphs = partial(torch.compile, dynamic=False, mode="reduce-overhead")
+            attempt(ways, f"{name}, CUDA graphs", lambda n=name, g=graphs: step(g(makers[n]())))
     times = interleaved(ways, ahead=False)
     hosts = {name: host_us(ways[name], calls=3) / count for name in times}
     table(
