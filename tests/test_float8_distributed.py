@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import on_ranks
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -27,26 +25,6 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.dis
 RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
 BF16 = torch.bfloat16
 WIDTH, HIDDEN, TOKENS, STEPS, MICRO = 64, 96, 24, 3, 2
-
-
-def run_rank(rank: int, checks: tuple[Callable[[int], None], ...], folder: str, ranks: int) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.FileStore(str(Path(folder) / "store"), ranks)
-    backend = "cpu:gloo,cuda:nccl" if ranks == 1 else "gloo"  # one rank alone is on a GPU
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)
-    for check in checks:
-        torch.manual_seed(0)
-        check(rank)
-    dist.barrier()  # a rank that leaves early breaks the other's connection
-    dist.destroy_process_group()
-    os._exit(0)  # a thread of gloo may outlive the interpreter, which then aborts
-
-
-def on_ranks(*checks: Callable[[int], None], ranks: int = 2) -> None:
-    """Run `checks` in one process a rank; what fails in one of them fails here."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(run_rank, (checks, folder, ranks), nprocs=ranks)
 
 
 # ------------------------------------------------------------------ a model, and one process

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -91,11 +93,7 @@ def test_gradients_at_the_optimizer_have_rms_near_1_and_lookups_their_share() ->
         assert least < rms(grad) * factor < 2, (name, rms(grad))
 
 
-def on_a_rank(rank: int, folder: str, uneven: bool) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def on_a_rank(rank: int, folder: Path, uneven: bool) -> None:
     model = nn.parallel.DistributedDataParallel(LossOf(decoder()))
     optimizer = Recorder(umup.param_groups(model, 0.5, torch.optim.SGD))
     accumulator = mixprec.GradientAccumulator(optimizer, grad_reduction="mean")
@@ -111,8 +109,7 @@ def on_a_rank(rank: int, folder: str, uneven: bool) -> None:
     last = mine[-1] if len(mine) > 1 else (12, 12)  # an empty micro-batch
     accumulator.backward(*model(tokens[slice(*last)], targets[slice(*last)]))
     loss = accumulator.step()
-    torch.save((optimizer.seen, loss, accumulator.num_tokens), f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save((optimizer.seen, loss, accumulator.num_tokens), folder / f"rank{rank}.pt")
 
 
 class LossOf(nn.Module):
@@ -126,7 +123,7 @@ class LossOf(nn.Module):
 
 @pytest.mark.parametrize("uneven", [False, True])
 def test_two_ranks_give_the_gradients_of_the_full_batch(uneven: bool, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(on_a_rank, (str(tmp_path), uneven), nprocs=2)
+    on_ranks(partial(on_a_rank, folder=tmp_path, uneven=uneven))
     whole = step_gradients([12])
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     for grads, loss, num_tokens in results:
@@ -140,11 +137,7 @@ def test_two_ranks_give_the_gradients_of_the_full_batch(uneven: bool, tmp_path: 
 # ------------------------------------------------------------------ sharded
 
 
-def sharded_on_a_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def sharded_on_a_rank(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     plan: dict[str, Any] = {"layers.*.mlp.down": RowwiseParallel()}
     for name in ("mlp.gate", "mlp.up"):
@@ -155,8 +148,7 @@ def sharded_on_a_rank(rank: int, folder: str) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     results = [one_step(model) for model in (parallel, sharded)]
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(results, folder / f"rank{rank}.pt")
 
 
 def one_step(model: umup.Decoder) -> dict[str, Tensor]:
@@ -174,7 +166,7 @@ def one_step(model: umup.Decoder) -> dict[str, Tensor]:
 
 
 def test_fully_sharded_and_tensor_parallel_models_step_as_whole_ones(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(sharded_on_a_rank, (str(tmp_path),), nprocs=2)
+    on_ranks(partial(sharded_on_a_rank, folder=tmp_path))
     whole = one_step(decoder())
     for rank in range(2):
         parallel, sharded = torch.load(tmp_path / f"rank{rank}.pt")

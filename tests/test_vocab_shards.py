@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from losses import BF16, FP32, FP64, OPTIONS, PADDING, case, error, filled, fp32_gradients
+from ranks import on_ranks
 from torch import Tensor, nn
-from torch.multiprocessing import spawn
 
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
 RANKS = 2
-
-
-def run_rank(rank: int, checks: tuple[Callable[[int], None], ...], folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.FileStore(str(Path(folder) / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    for check in checks:
-        check(rank)
-    dist.barrier()  # a rank that leaves early breaks the other's connection
-    dist.destroy_process_group()
-    os._exit(0)  # a thread of gloo may outlive the interpreter, which then aborts
-
-
-def on_ranks(*checks: Callable[[int], None]) -> None:
-    """Run `checks` in one process a rank; what fails in one of them fails here."""
-    with tempfile.TemporaryDirectory() as folder:
-        spawn(run_rank, (checks, folder), nprocs=RANKS)
 
 
 def shard_of(tensor: Tensor, rank: int) -> Tensor:
