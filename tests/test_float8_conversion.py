@@ -12,6 +12,7 @@ from torch import nn
 import mixprec
 from mixprec import Precision, umup
 from mixprec.float8 import Float8Linear, LayerReport
+from mixprec.float8.operand import Operand
 from mixprec.float8.unit_linear import Float8UnitLinear
 
 
@@ -147,6 +148,16 @@ def test_a_model_built_on_the_meta_device_gets_its_memory_later() -> None:
     exact = nn.functional.linear(x.double(), model[0].weight.double())
     error = model(x).double() - exact
     assert error.square().sum() < 10**-2.7 * exact.square().sum()
+
+
+def test_all_operands_move_with_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that is compiled moves nothing; on a GPU it would read a multiplier on the host."""
+    model: Any = nn.Sequential(nn.Linear(32, 64))
+    convert(model)
+    moved: list[Operand] = []
+    monkeypatch.setattr(Operand, "move_to", lambda self, device: moved.append(self))
+    model.bfloat16()
+    assert set(model[0]._float8.operands().values()) <= set(moved)
 
 
 def test_computed_weights_stay_in_16_bits() -> None:

@@ -193,6 +193,17 @@ def test_compiled_layers_have_the_bits_of_eager_ones(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+def test_a_model_that_was_moved_compiles_before_it_has_run(cuda: torch.device) -> None:
+    torch._dynamo.reset()
+    model = model_on(cuda, "static", torch.bfloat16, True)
+    twin = copy.deepcopy(model)
+    x, dy = (torch.randn(32, n, device=cuda).bfloat16() for n in (64, 48))
+    compiled = run(torch.compile(model, fullgraph=True), x, dy)
+    for a, b in zip(compiled, run(twin, x, dy), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_graphs_of_the_compiler_follow_weights_and_exponents(
     cuda: torch.device, recipe: str

@@ -42,6 +42,9 @@ class Float8Layer(nn.Linear):
         super()._apply(fn, recurse)
         weight = self._float8.weight
         (weight.put if is_dtensor(self.weight) else weight.allocate)(self.weight)
+        if not self.weight.is_meta:  # a compiled pass moves nothing
+            for operand in self._float8.operands().values():
+                operand.move_to(self.weight.device)
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
