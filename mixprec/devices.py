@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,10 +14,12 @@ __all__ = ["has_triton", "on_device_of"]
 _HERE = nullcontext()
 
 
-@cache
+_TRITON = find_spec("triton") is not None
+
+
 def has_triton() -> bool:
     """Whether kernels can be made here. Triton comes with torch's CUDA builds."""
-    return find_spec("triton") is not None
+    return _TRITON
 
 
 def on_device_of(x: Tensor) -> Any:

@@ -18,7 +18,6 @@ Here in plain torch; on a CUDA device with FP8 units, kernels write the same byt
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -217,11 +216,6 @@ def cast_rowwise(
 
 def has_kernel(device: torch.device) -> bool:
     """Whether casts run as kernels on this device: CUDA with FP8 units, and Triton."""
-    return device.type == "cuda" and _can_cast(device)
-
-
-@cache
-def _can_cast(device: torch.device) -> bool:
     return has_units(device) and has_triton()
 
 

@@ -40,19 +40,14 @@ def has_units(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    if torch.compiler.is_compiling():  # asks while it traces, which costs a pass nothing
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+    if device not in _capability:
+        _capability[device] = torch.cuda.get_device_capability(device)
+    return _capability[device] >= (8, 9)
 
 
-_known: dict[torch.device, bool] = {}
-
-
-def _has_units(device: torch.device) -> bool:
-    """The same, asked once a device; the compiler asks by itself when it traces."""
-    if torch.compiler.is_compiling():
-        return has_units(device)
-    if device not in _known:
-        _known[device] = has_units(device)
-    return _known[device]
+_capability: dict[torch.device, tuple[int, int]] = {}
 
 
 def scaled_product(
@@ -75,7 +70,7 @@ def scaled_product(
     _check_sizes(left, right)
     if 0 in (left.shape[0], left.shape[1]):
         return _without_addends(left, right, bias, out_dtype)
-    if not _has_units(left.device):
+    if not has_units(left.device):
         return _emulated(left, right, left_scale, right_scale, bias, out_dtype)
     if left_scale.ndim == 2 or right_scale.ndim == 2:
         left_scale = left_scale.expand(left.shape[0], 1).contiguous()
