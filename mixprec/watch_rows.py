@@ -26,6 +26,7 @@ from mixprec.binades import (
     signed,
 )
 from mixprec.formats import E4M3, E5M2, FP16, Format
+from mixprec.text_table import aligned
 
 __all__ = ["Row", "advice", "judge", "table"]
 
@@ -169,9 +170,7 @@ def advice(rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> str:
     """`rows` as aligned text."""
     header = ("layer", "role", "dtype", "binades", "zero", "as", "saturated", "to zero", "use")
-    cells = [header, *map(_cells, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    return aligned([header, *map(_cells, rows)])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mixprec.text_table import aligned
+
 __all__ = ["table"]
 
 
@@ -15,8 +17,4 @@ def table(rows: Sequence[Sequence[str]]) -> str:
           bits
     fp16    16  half
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    for line, row in zip(lines, rows, strict=True):
-        line[0], line[-1] = row[0].ljust(widths[0]), row[-1].ljust(widths[-1])
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    return aligned(rows, right=range(1, len(rows[0]) - 1))

@@ -24,6 +24,7 @@ from mixprec.float8.conversion import float8_layers
 from mixprec.float8.exponents import fitting_exponent, top_of
 from mixprec.float8.recipe import Cast
 from mixprec.formats import Format
+from mixprec.text_table import aligned
 
 __all__ = ["Counted", "Row", "Stats", "read", "row", "stats"]
 
@@ -107,9 +108,7 @@ class Stats:
         if not self.rows:
             return "no FP8 layers"
         header = ("layer", "role", "as", "exponent", "largest", "saturated", "to zero", "use")
-        cells = [header, *map(_cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        return "\n".join(_line(line, widths) for line in cells)
+        return aligned([header, *map(_cells, self.rows)], right=range(3, len(header)))
 
     def warnings(self) -> list[str]:
         """A sentence for each operand that loses too much, worst first: non-finite values, then
@@ -224,12 +223,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         percent(row.flushed),
         "" if row.fix is None else signed(row.fix),
     )
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    left = [cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)]
-    right = [cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)]
-    return "  ".join([*left, *right]).rstrip()
 
 
 def _largest(row: Row) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mixprec import formats
 from mixprec.formats import Format
+from mixprec.text_table import aligned
 from mixprec.umup.coordinates import Loss
 
 __all__ = ["ScaleReport", "ScaleRow", "check_scales", "flushed"]
@@ -88,12 +89,7 @@ class ScaleReport:
             )
             for row in self.rows
         ]
-        table = [header, *cells]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        )
+        return aligned([header, *cells])
 
 
 def check_scales(model: nn.Module, loss: Loss, *, max_flush: float = 0.25) -> ScaleReport:

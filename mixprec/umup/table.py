@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from mixprec.text_table import aligned
 from mixprec.umup.groups import param_groups, rules_for
 from mixprec.umup.roles import Entry, Role, Spec
 from mixprec.umup.roles import spec as spec_of
@@ -88,7 +89,7 @@ def table(
     if format == "json":
         return json.dumps(list(rows.values()), indent=2)
     cells = [_COLUMNS, *([_text(row[column]) for column in _COLUMNS] for row in rows.values())]
-    return _markdown(cells) if format == "markdown" else _aligned(cells)
+    return _markdown(cells) if format == "markdown" else aligned(cells)
 
 
 def _row(name: str, entry: Entry, rules: Rules, group: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +121,6 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "x".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _markdown(cells: Sequence[Sequence[str]]) -> str:
