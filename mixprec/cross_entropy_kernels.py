@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixprec.devices import on_device
+
 __all__ = [
     "add_products_by_class_",
     "loss_and_gradient_",
@@ -509,7 +511,7 @@ def _launch(kernel, logits: Tensor, *args, **options) -> None:
     tokens, vocab = logits.shape
     block = min(_BLOCK, max(triton.next_power_of_2(vocab), 128))
     if tokens:
-        with torch.cuda.device_of(logits):
+        with on_device(logits.device):
             kernel[(tokens,)](
                 logits,
                 *args,
@@ -543,7 +545,7 @@ def target_logits(states: Tensor, weight: Tensor, classes: Tensor) -> Tensor:
     if tokens:
         states, weight = _with_dense_rows(states), _with_dense_rows(weight)
         block = min(4096, max(triton.next_power_of_2(width), 128))
-        with torch.cuda.device_of(states):
+        with on_device(states.device):
             _target_logits_kernel[(tokens,)](
                 states,
                 weight,
@@ -599,7 +601,7 @@ def multiples_of_rows_(
     if results.numel():
         weight = _with_dense_rows(weight)
         block = _columns_of_a_program(width)
-        with torch.cuda.device_of(results):
+        with on_device(results.device):
             _multiples_of_rows_kernel[(tokens, triton.cdiv(width, block))](
                 results,
                 factors,
@@ -673,7 +675,7 @@ def add_products_by_class_(sums: Tensor, classes: Tensor, factors: Tensor, state
     states = _with_dense_rows(states)
     ordered, order = classes.int().sort(stable=True)  # half the passes of 64 bits
     block = _columns_of_a_program(width)
-    with torch.cuda.device_of(sums):
+    with on_device(sums.device):
         _add_products_kernel[(count, triton.cdiv(width, block))](
             sums,
             factors,
@@ -713,7 +715,7 @@ def scale_(values: Tensor, factor: Tensor) -> None:
     """`values *= factor` in FP32, rounded once; nothing is read where `factor`, 0-d FP32, is 1."""
     assert values.is_contiguous() and factor.dtype == torch.float32
     if values.numel():
-        with torch.cuda.device_of(values):
+        with on_device(values.device):
             _scale_kernel[(triton.cdiv(values.numel(), _SCALE_BLOCK),)](
                 values, factor, values.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
             )

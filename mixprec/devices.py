@@ -7,9 +7,8 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["has_triton", "on_device_of"]
+__all__ = ["has_triton", "is_capturing", "on_device"]
 
 _HERE = nullcontext()
 
@@ -22,11 +21,16 @@ def has_triton() -> bool:
     return _TRITON
 
 
-def on_device_of(x: Tensor) -> Any:
-    """A context to launch kernels on `x`, as Triton does on the current device.
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device now goes into a CUDA graph instead."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on_device(device: torch.device) -> Any:
+    """A context to launch kernels in: Triton launches on the current device.
 
     To set that takes as long as to launch, so it is set only if it is another.
     """
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device_of(x)
+    return torch.cuda.device(device)

@@ -344,7 +344,7 @@ def test_a_weight_that_a_graph_casts_is_cast_at_every_use(monkeypatch: pytest.Mo
     """Replays change it past its version counter, and no optimizer is seen to step."""
     linear, (x, _) = layer(bias=False), operands(32, 64)
     linear(x)
-    monkeypatch.setattr(weight, "_is_captured", lambda weight: True)
+    monkeypatch.setattr(weight, "is_capturing", lambda device: True)
     linear(x)
     monkeypatch.undo()
     assert linear(x).any()

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
 
+from mixprec.devices import is_capturing
 from mixprec.float8.cast import AMAX_BITS, cast_scaled
 from mixprec.float8.exponents import scale_for
 from mixprec.float8.operand import Operand
@@ -192,7 +193,7 @@ class GatheredWeight(Tensor):
 
     def take_factor(self, scale: Tensor) -> None:
         """Go on with the factor `scale[1]`, which is copied only if it may have moved."""
-        self._in_graph |= scale.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._in_graph |= is_capturing(scale.device)
         if not self._in_graph and self._taken is not None:
             tensor, version = self._taken
             if tensor is scale and version == scale._version:

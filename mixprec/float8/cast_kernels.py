@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixprec.devices import on_device_of
+from mixprec.devices import on_device
 from mixprec.float8.products import padded
 from mixprec.formats import Format
 
@@ -323,7 +323,7 @@ def cast_scaled_(
     tile = _TILE if counters is None and x.shape[1] % 16 == 0 else _SMALL_TILE
     factor = x.new_empty(1, dtype=torch.float32)
     tiles = 1 if counters is None else _COUNTED_TILES
-    with on_device_of(x):
+    with on_device(x.device):
         _cast_kernel[_grid(x, tile, tiles)](
             x,
             by_row,
@@ -355,7 +355,7 @@ def cast_tensorwise_(
     work = torch.zeros(2, dtype=torch.int32, device=x.device)
     scale = torch.empty(2, dtype=torch.float32, device=x.device)
     numbers = _FORMATS[format.name]
-    with on_device_of(x):
+    with on_device(x.device):
         _fit_kernel[(_blocks(x.numel(), _AMAX_BLOCK * _AMAX_BLOCKS),)](
             x,
             scale,
@@ -496,7 +496,7 @@ def cast_rowwise_(
     row_keys, col_keys = keys.split(sizes)
     row_factors, col_factors = (x.new_empty(size, 1, dtype=torch.float32) for size in sizes)
     amax, tile = _AMAX_TILE, _ROWWISE_TILE
-    with on_device_of(x):
+    with on_device(x.device):
         _keys_kernel[_grid(x, amax, amax["TILES"])](
             x,
             None if by_row is None else row_keys,

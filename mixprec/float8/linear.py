@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
 
+from mixprec.devices import is_capturing
 from mixprec.float8.all_gather import ByteGather
 from mixprec.float8.cast import Operand8
 from mixprec.float8.operand import Operand
@@ -310,7 +311,7 @@ def _cast_input(
     """`matrix`, a view of `input`, in FP8: as a sibling has just cast it, if one has."""
     if torch.compiler.is_compiling() or input.is_inference():
         return state.input(matrix, rows=rows, cols=cols)
-    captured = input.is_cuda and torch.cuda.is_current_stream_capturing()
+    captured = is_capturing(input.device)
     last = next(iter(_last), None)  # once: another thread may put its own there
     if last and _is_of(last, input, captured) and _siblings(state, last.operand):
         made = last.made

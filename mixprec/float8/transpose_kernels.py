@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixprec.devices import on_device_of
+from mixprec.devices import on_device
 
 __all__ = ["transpose"]
 
@@ -35,6 +35,6 @@ def transpose(x: Tensor) -> Tensor:
     num_rows, num_cols = x.shape
     out = x.new_empty(num_cols, num_rows)
     grid = -(-num_rows // _BLOCK_R), -(-num_cols // _BLOCK_C)
-    with on_device_of(x):
+    with on_device(x.device):
         _kernel[grid](x, out, num_rows, num_cols, BLOCK_R=_BLOCK_R, BLOCK_C=_BLOCK_C)
     return out

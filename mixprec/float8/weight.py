@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixprec.devices import is_capturing
 from mixprec.float8.all_gather import ByteGather, GatheredWeight
 from mixprec.float8.cast import Operand8, cast_scaled
 from mixprec.float8.exponents import follow_weight
@@ -142,14 +143,14 @@ class CachedWeight:
 
     def is_made_of(self, weight: Tensor, output: float, grad_input: float) -> bool:
         """Whether the copies are those of `weight` as it is now."""
-        if self._made_of is None or self._in_graph or _is_captured(weight):
+        if self._made_of is None or self._in_graph or is_capturing(weight.device):
             return False
         made_of, *rest = self._made_of
         return made_of() is weight and rest == _signs(weight, output, grad_input)
 
     def note(self, weight: Tensor, output: float, grad_input: float) -> None:
         """The copies were made of `weight` just now."""
-        self._in_graph |= _is_captured(weight)
+        self._in_graph |= is_capturing(weight.device)
         self._made_of = (weakref.ref(weight), *_signs(weight, output, grad_input))
 
     def forget(self) -> None:
@@ -182,10 +183,6 @@ _at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueD
 
 def _signs(weight: Tensor, output: float, grad_input: float) -> list[Any]:
     return [weight.data_ptr(), weight._version, output, grad_input]
-
-
-def _is_captured(weight: Tensor) -> bool:
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _times(factor: Tensor, multiplier: float) -> Tensor:

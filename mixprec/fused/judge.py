@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mixprec import gradients
-from mixprec.devices import has_triton
+from mixprec.devices import has_triton, on_device
 from mixprec.fused.launch import (
     Addresses,
     chunk_table,
@@ -195,7 +195,7 @@ class _Table:
         factor, counted, external, max_norm, counts = arguments
         verdict = torch.empty(4, dtype=torch.float32, device=self.device)
         grads, addresses = self._addresses.of(grads)
-        with torch.cuda.device(self.device):
+        with on_device(self.device):
             _kernel()[(len(self._chunks),)](
                 addresses,
                 self._numels,

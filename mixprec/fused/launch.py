@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mixprec import formats
+from mixprec.devices import is_capturing, on_device
 from mixprec.fused.program import MASTER, Program
 from mixprec.fused.stages import kept_numbers, stages
 from mixprec.fused.triton_emit import WEIGHT, Layout, columns, source
@@ -31,7 +32,6 @@ __all__ = [
     "TwinLaunch",
     "chunk_table",
     "flat",
-    "is_capturing",
     "is_dense",
     "module_of",
     "upload",
@@ -233,7 +233,7 @@ class KernelLaunch(Launch):
     ) -> None:
         grads, addresses = self._addresses.of(grads)
         tables = (self._table, addresses, self._chunks, scalars, self._numbers, self._partial)
-        with torch.cuda.device(self.device):
+        with on_device(self.device):
             for number, stage in enumerate(self._stages):
                 if stage.reductions:
                     self._pass(f"reduce{number}", *tables, factor, found_inf)
@@ -316,11 +316,6 @@ class Addresses:
         uploaded = torch.empty(len(values), dtype=torch.int64, device=self._device)
         self._captured += [source, uploaded]
         return uploaded.copy_(source, non_blocking=True)
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what is launched on the device now goes into a CUDA graph instead."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixprec.devices import is_capturing
 from mixprec.fused.guard import Guard
-from mixprec.fused.launch import is_capturing
 
 __all__ = ["NOBODY", "Candidates", "Members"]
 
