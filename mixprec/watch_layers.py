@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from mixprec.binades import BINS, Binades, count
 from mixprec.conversion import matches, nearest
+from mixprec.devices import to_host
+from mixprec.float8.exponents import exponents_of
 from mixprec.gradients import local
 from mixprec.watch_rows import Row, judge
 
@@ -244,15 +247,9 @@ def _values(tensor: Tensor) -> Tensor | None:
 
 def read(layers: Sequence[Layer]) -> Iterator[Row]:
     """A row for each tensor, in the model's order. The host waits once for each device."""
-    asked: dict[torch.device, list[Tensor]] = {}
+    numbers = iter(to_host(chain.from_iterable(map(_kept, layers))))
     for layer in layers:
-        for tensor in _kept(layer):
-            asked.setdefault(tensor.device, []).append(tensor)
-    copied = {device: torch.cat(each).cpu() for device, each in asked.items()}
-    lengths = {device: [len(each) for each in asked[device]] for device in asked}
-    answers = {device: iter(copied[device].split(lengths[device])) for device in asked}
-    for layer in layers:
-        yield from _rows(layer, [next(answers[tensor.device]) for tensor in _kept(layer)])
+        yield from _rows(layer, numbers)
 
 
 def _kept(layer: Layer) -> Iterator[Tensor]:
@@ -263,10 +260,10 @@ def _kept(layer: Layer) -> Iterator[Tensor]:
         yield scale.view(torch.int64)
 
 
-def _rows(layer: Layer, numbers: Sequence[Tensor]) -> Iterator[Row]:
-    answers = iter(numbers)
-    read = {r: [next(answers) for _ in tally.counts] for r, tally in layer.tallies.items()}
-    multipliers = {r: next(answers).view(torch.float32)[0] for r in layer.casts}
+def _rows(layer: Layer, numbers: Iterator[Tensor]) -> Iterator[Row]:
+    """The next rows: `numbers` go on with what `_kept` gave of this layer."""
+    read = {r: [next(numbers) for _ in tally.counts] for r, tally in layer.tallies.items()}
+    scales = {r: next(numbers).view(torch.float32) for r in layer.casts}
     grads = [f"grad_{name}" for name in layer.also]
     for role in ("input", "output", *layer.also, "grad_output", *grads):
         if not read.get(role):
@@ -274,7 +271,7 @@ def _rows(layer: Layer, numbers: Sequence[Tensor]) -> Iterator[Row]:
         dtypes = list(layer.tallies[role].dtypes)
         binades = Binades(torch.stack(read[role]).sum(0).tolist())
         cast = layer.casts[role][0] if role in layer.casts else None
-        exponent = int(multipliers[role].frexp().exponent) - 1 if cast is not None else 0
+        exponent = int(exponents_of(scales[role])) if cast is not None else 0
         yield Row(
             layer=layer.name,
             kind=layer.kind,

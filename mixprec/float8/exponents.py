@@ -29,12 +29,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from mixprec.devices import to_host
 from mixprec.float8.cast import AMAX_BITS, FLUSHED, SATURATED, SEEN
 from mixprec.float8.recipe import MAX_EXPONENT, Cast
 from mixprec.formats import Format
 
 __all__ = [
     "end_step",
+    "exponents_of",
     "fitting_exponent",
     "follow",
     "follow_weight",
@@ -80,20 +82,15 @@ def _scales(exponent: Tensor) -> Tensor:
     return (torch.stack([exponent, -exponent], -1) + 127 << 23).view(torch.float32)
 
 
-def _exponents(scales: Tensor) -> Tensor:
+def exponents_of(scales: Tensor) -> Tensor:
     """The exponents of multipliers that `_scales` made."""
     return (scales[..., 0].view(torch.int32) >> 23) - 127
 
 
 def read_exponents(operands: Iterable[Scaled]) -> list[int]:
     """Their exponents, on the host, which waits once for each device."""
-    scales: dict[torch.device, list[Tensor]] = {}
-    order: list[torch.device] = []
-    for operand in operands:
-        scales.setdefault(operand.scale.device, []).append(operand.scale)
-        order.append(operand.scale.device)
-    read = {d: iter(_exponents(torch.stack(same)).tolist()) for d, same in scales.items()}
-    return [next(read[device]) for device in order]
+    scales = to_host(operand.scale for operand in operands)
+    return exponents_of(torch.stack(scales)).tolist() if scales else []
 
 
 def moved(
@@ -192,7 +189,7 @@ def end_step(operands: Sequence[Scaled]) -> None:
 def _move(operands: list[Scaled]) -> None:
     top = _tops(operands[0].scale.device, tuple(operand.cast.format for operand in operands))
     exponent, slack_steps = moved(
-        _exponents(torch.stack([operand.scale for operand in operands])),
+        exponents_of(torch.stack([operand.scale for operand in operands])),
         torch.stack([operand.slack_steps for operand in operands]),
         torch.stack([operand.counters for operand in operands]),
         top,

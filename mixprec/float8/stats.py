@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixprec.binades import MAX_FLUSHED, MAX_SATURATED, percent, signed
+from mixprec.devices import to_host
 from mixprec.float8.cast import AMAX_BITS, FLUSHED, NON_FINITE, NUM_COUNTERS, SATURATED, SEEN
 from mixprec.float8.conversion import float8_layers
-from mixprec.float8.exponents import fitting_exponent, top_of
+from mixprec.float8.exponents import exponents_of, fitting_exponent, top_of
 from mixprec.float8.recipe import Cast
 from mixprec.formats import Format
 from mixprec.text_table import aligned
@@ -153,14 +155,11 @@ def read(counted: Iterable[Counted]) -> Stats:
         TypeError: if counters are not int64 of length 8.
     """
     entries = list(counted)
-    by_device: dict[torch.device, list[Tensor]] = {}
     for entry in entries:
         _check(entry.layer, entry.role, entry.counters)
-        by_device.setdefault(entry.counters.device, []).extend(
-            [entry.counters, entry.last, entry.scale.view(torch.int64)]
-        )
-    answers = {device: iter(torch.cat(parts).tolist()) for device, parts in by_device.items()}
-    return Stats(tuple(_entry_row(entry, answers[entry.counters.device]) for entry in entries))
+    held = ((e.counters, e.last, e.scale.view(torch.int64)) for e in entries)
+    numbers = iter(to_host(chain.from_iterable(held)))
+    return Stats(tuple(_entry_row(entry, *islice(numbers, 3)) for entry in entries))
 
 
 def row(layer: str, role: str, cast: Cast, exponent: int | None, counters: Tensor) -> Row:
@@ -188,12 +187,10 @@ def _check(layer: str, role: str, counters: Tensor) -> None:
         )
 
 
-def _entry_row(entry: Counted, numbers: Iterator[int]) -> Row:
-    running, last = ([next(numbers) for _ in range(NUM_COUNTERS)] for _ in range(2))
-    multiplier, _ = struct.unpack("<2f", struct.pack("<q", next(numbers)))
-    exponent = math.frexp(multiplier)[1] - 1 if entry.cast.has_exponent else None
+def _entry_row(entry: Counted, running: Tensor, last: Tensor, scale: Tensor) -> Row:
+    exponent = int(exponents_of(scale.view(torch.float32))) if entry.cast.has_exponent else None
     counts = running if running[SEEN] else last
-    return _row(entry.layer, entry.role, entry.cast, exponent, counts)
+    return _row(entry.layer, entry.role, entry.cast, exponent, counts.tolist())
 
 
 def _row(layer: str, role: str, cast: Cast, exponent: int | None, counts: Sequence[int]) -> Row:
