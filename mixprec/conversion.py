@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from mixprec import formats
 from mixprec.formats import FP32, Format
 
-__all__ = ["NORMS", "Report", "Row", "convert", "matches", "nearest"]
+__all__ = ["NORMS", "Report", "Row", "convert", "matches", "nearest", "refuse_text"]
 
 NORMS = "*norm*"
 """Pattern of the modules kept in FP32 by default: few parameters, statistics over many values."""
@@ -97,8 +97,7 @@ def convert(model: nn.Module, format: Format, *, keep_fp32: Sequence[str] = (NOR
 
 def _kept_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
     """Why each module that stays in FP32 does, by the module's name."""
-    if isinstance(patterns, str):
-        raise TypeError(f"keep_fp32 is a sequence of patterns; write keep_fp32=({patterns!r},)")
+    refuse_text("keep_fp32", patterns)
     kept: dict[str, str] = {}
     unused = set(patterns) - {NORMS}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -116,6 +115,12 @@ def _kept_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
             f"Modules with similar names: {nearest(pattern, names)}"
         )
     return kept
+
+
+def refuse_text(option: str, patterns: object) -> None:
+    """A TypeError for patterns given as one string, whose letters would be the patterns."""
+    if isinstance(patterns, str):
+        raise TypeError(f"{option} is a sequence of patterns; write {option}=({patterns!r},)")
 
 
 def nearest(pattern: str, names: Iterable[str]) -> str:

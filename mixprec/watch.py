@@ -22,6 +22,7 @@ from pathlib import Path
 from torch import nn
 from typing_extensions import Self
 
+from mixprec.conversion import refuse_text
 from mixprec.watch_layers import Layer, choose_layers, read
 from mixprec.watch_page import page
 from mixprec.watch_rows import Row, advice, table
@@ -161,8 +162,5 @@ def _check(
         raise TypeError(f"watch got a {type(model).__name__}; give it the model, an nn.Module")
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r}; 1 counts in each call, n in every n-th")
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise TypeError(
-                f"{argument} is a sequence of patterns; write {argument}=({patterns!r},)"
-            )
+    refuse_text("include", include)
+    refuse_text("exclude", exclude)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mixprec import formats
-from mixprec.conversion import NORMS, Report, matches, nearest
+from mixprec.conversion import NORMS, Report, matches, nearest, refuse_text
 from mixprec.conversion import convert as cast
 from mixprec.float8.exponents import read_exponents
 from mixprec.float8.linear import Float8Layer, Float8Linear, Float8State
@@ -354,8 +354,7 @@ def _check_patterns(
     linears = list(_linears(model))
     given = {"include": include or (), "exclude": exclude, "overrides": tuple(overrides)}
     for option, patterns in given.items():
-        if isinstance(patterns, str):
-            raise TypeError(f"{option} is a sequence of patterns; write {option}=({patterns!r},)")
+        refuse_text(option, patterns)
         for pattern in patterns:
             if pattern in EXCLUDED and option == "exclude":
                 continue
