@@ -154,20 +154,19 @@ def measure(options: argparse.Namespace) -> None:
     batches = [tokens(100 * dist.get_rank() + i, options.rows) for i in range(options.micro)]
     peaks = {way: peak(way, options, batches) for way in WAYS}
     held = {way: build(way, options) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for number in range(options.rounds + 3):
         for way in WAYS:
             taken = timed(*held[way], batches)
             if number >= 3:
                 times[way].append(taken)
-    medians = {way: statistics.median(times[way]) for way in WAYS}
-    hosts = {way: statistics.median(host(*held[way], batches) for _ in range(3)) for way in WAYS}
+    found = {way: tuple(map(statistics.median, zip(*times[way], strict=True))) for way in WAYS}
     what = f"{options.recipe}, {options.rows * TOKENS} tokens, micro-batches: {options.micro}"
     say(f"\n| {what} | step | | the host alone | peak |\n|---|---|---|---|---|")
-    for way, median in medians.items():
+    for way, (taken, issued) in found.items():
         say(
-            f"| {way} | {1e3 * median:.1f} ms | {medians['bf16'] / median:.2f}x "
-            f"| {1e3 * hosts[way]:.1f} ms | {peaks[way]} |"
+            f"| {way} | {1e3 * taken:.1f} ms | {found['bf16'][0] / taken:.2f}x "
+            f"| {1e3 * issued:.1f} ms | {peaks[way]} |"
         )
 
 
@@ -184,22 +183,14 @@ def peak(way: str, options: argparse.Namespace, batches: list[Tensor]) -> str:
     return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
 
 
-def timed(model: Any, optimizer: Any, batches: list[Tensor]) -> float:
+def timed(model: Any, optimizer: Any, batches: list[Tensor]) -> tuple[float, float]:
+    """Seconds of a step, and until the host had issued it."""
     wait()
     began = time.perf_counter()
     step(model, optimizer, batches)
+    issued = time.perf_counter()
     wait()
-    return time.perf_counter() - began
-
-
-def host(model: Any, optimizer: Any, batches: list[Tensor]) -> float:
-    """Until the host has issued a step, which is the time of a step if that is longer."""
-    wait()
-    began = time.perf_counter()
-    step(model, optimizer, batches)
-    issued = time.perf_counter() - began
-    wait()
-    return issued
+    return time.perf_counter() - began, issued - began
 
 
 def wait() -> None:
