@@ -21,14 +21,7 @@ from torch.autograd.function import Function
 
 from mixprec.function_call import call
 
-__all__ = [
-    "CONSTRAINTS",
-    "Constraint",
-    "constrain",
-    "interpolate",
-    "scale_bwd",
-    "scale_fwd",
-]
+__all__ = ["CONSTRAINTS", "Constraint", "constrain", "interpolate", "scale_bwd", "scale_fwd"]
 
 Constraint = Literal[
     "to_output_scale",
