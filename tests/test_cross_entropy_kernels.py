@@ -5,12 +5,11 @@ Without a GPU: TRITON_INTERPRET=1 python -m pytest tests/test_cross_entropy_kern
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from kernels import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 
 from mixprec.softmax_gradient import (
@@ -21,18 +20,7 @@ from mixprec.softmax_gradient import (
 )
 from mixprec.vocab_shards import VocabShard
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter, in lanes masked out
-    pytest.mark.gpu,
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="needs a CUDA device or TRITON_INTERPRET=1",
-    ),
-]
+pytestmark = MARKS
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = [(BF16, BF16), (FP16, FP16), (FP32, BF16), (FP32, FP16), (FP32, FP32)]

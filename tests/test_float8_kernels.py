@@ -7,13 +7,12 @@ does wrongly for FP8: TRITON_INTERPRET=1 python -m pytest tests/test_float8_kern
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+from kernels import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 
 from mixprec.float8 import cast as float8_cast
@@ -30,18 +29,7 @@ from mixprec.float8.cast import (
 )
 from mixprec.formats import E4M3, E5M2, Format
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter, in lanes masked out
-    pytest.mark.gpu,
-    pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton"),
-    pytest.mark.skipif(
-        not INTERPRETED and not torch.cuda.is_available(),
-        reason="needs a CUDA device or TRITON_INTERPRET=1",
-    ),
-]
+pytestmark = MARKS
 on_a_gpu = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -5,15 +5,12 @@ Without a GPU, by Triton's interpreter: TRITON_INTERPRET=1 python -m pytest <thi
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
-
 import pytest
 import torch
+from kernels import DEVICE, marked
 
 from mixprec.float8.late_cast import transposed
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 SHAPES = [(16, 16), (16, 4096), (4096, 16), (80, 208), (64, 128), (1024, 3072), (1, 1), (65, 129)]
 
 
@@ -31,17 +28,12 @@ def test_columns_become_rows(shape: tuple[int, int], dtype: torch.dtype) -> None
     assert torch.equal(found.view(torch.uint8), codes.t())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.skipif(
-    not INTERPRETED and not torch.cuda.is_available(),
-    reason="needs a CUDA device or TRITON_INTERPRET=1",
-)
+@marked
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_writes_the_same_bytes(shape: tuple[int, int]) -> None:
     from mixprec.float8 import transpose_kernels
 
-    codes = every_code(shape, "cpu" if INTERPRETED else "cuda")
+    codes = every_code(shape, DEVICE)
     found = transpose_kernels.transpose(codes)
     wrong = (found != codes.t()).nonzero()
     assert not len(wrong), f"{len(wrong)} bytes differ, the first at {wrong[0].tolist()}"
