@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from fp8 import RECIPES
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,6 @@ from mixprec.umup import layers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
-RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
 BF16 = torch.bfloat16
 WIDTH, HIDDEN, TOKENS, STEPS, MICRO = 64, 96, 24, 3, 2
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fp8 import RECIPES, run
 from torch import Tensor, nn
+from waiting import no_waiting
 
 import mixprec
 from mixprec import Precision
@@ -16,7 +18,6 @@ from mixprec.float8 import Recipe, has_units
 
 pytestmark = pytest.mark.gpu
 
-RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
 FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -39,15 +40,6 @@ def model_on(device: torch.device, recipe: str | Recipe, dtype: torch.dtype, bia
     named = Precision("fp8", recipe=recipe, params=precision.params)
     named.convert(model, min_dim=16)
     return model.to(device)
-
-
-def run(model: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
-    x = x.detach().requires_grad_()
-    model.zero_grad()
-    y = model(x)
-    y.backward(dy)
-    grads = [t.grad for t in (x, *model.parameters())]
-    return [y.detach(), *(grad for grad in grads if grad is not None)]
 
 
 def exact(model: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
@@ -129,13 +121,10 @@ def test_a_step_waits_for_nothing(cuda: torch.device, recipe: str) -> None:
     for _ in range(2):
         run(model, x, dy)
         optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         for _ in range(3):
             run(model, x, dy)
             optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

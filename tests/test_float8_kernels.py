@@ -14,6 +14,7 @@ import pytest
 import torch
 from kernels import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
+from waiting import no_waiting
 
 from mixprec.float8 import cast as float8_cast
 from mixprec.float8.cast import (
@@ -367,12 +368,8 @@ def test_the_host_never_waits_and_launches_few_kernels(name: str) -> None:
             cast(x, E4M3, counters, **options)
 
     run()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()

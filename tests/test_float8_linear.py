@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fp8 import RECIPES, run
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +21,6 @@ from mixprec.float8 import Cast, Float8Linear, Recipe, operand, weight
 from mixprec.float8 import linear as linear_module
 from mixprec.float8.recipe import PRODUCTS
 
-RECIPES = ("static", "adaptive", "tensorwise", "rowwise")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PARAMS = {torch.bfloat16: formats.BF16, torch.float16: formats.FP16, torch.float32: formats.FP32}
 
@@ -56,15 +56,6 @@ def in_fp64(linear: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
     y = F.linear(exact[0], exact[1], *exact[2:])
     y.backward(dy.double())
     grads = [t.grad for t in exact]
-    return [y.detach(), *(grad for grad in grads if grad is not None)]
-
-
-def run(linear: Any, x: Tensor, dy: Tensor) -> list[Tensor]:
-    x = x.detach().requires_grad_()
-    linear.zero_grad()
-    y = linear(x)
-    y.backward(dy)
-    grads = [t.grad for t in (x, *linear.parameters())]
     return [y.detach(), *(grad for grad in grads if grad is not None)]
 
 
