@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mixprec import Precision, float8, formats
+from mixprec.float8 import all_gather
 from mixprec.float8.all_gather import GatheredWeight, WeightShard
 from mixprec.umup import layers
 
@@ -510,7 +511,9 @@ def test_fsdp2_gathers_bytes_of_uneven_and_of_empty_shards() -> None:
     on_ranks(check_bytes_of_uneven_and_empty_shards, ranks=5)
 
 
-def test_a_gathered_weight_takes_its_factor_whenever_it_has_moved_and_only_then() -> None:
+def test_a_gathered_weight_takes_its_factor_whenever_it_has_moved_and_only_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight = GatheredWeight(torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(1), BF16)
     scale = torch.tensor([4.0, 0.25])
     weight.take_factor(scale)
@@ -521,8 +524,16 @@ def test_a_gathered_weight_takes_its_factor_whenever_it_has_moved_and_only_then(
     scale.copy_(torch.tensor([2.0, 0.5]))
     weight.take_factor(scale)
     assert weight.factor.item() == 0.5
-    weight.take_factor(torch.tensor([8.0, 0.125]))
+    other = torch.zeros(2).copy_(torch.tensor([8.0, 0.125]))
+    assert other._version == scale._version
+    weight.take_factor(other)
     assert weight.factor.item() == 0.125
+    monkeypatch.setattr(all_gather, "is_capturing", lambda device: True)
+    weight.take_factor(other)
+    monkeypatch.undo()
+    weight.factor.fill_(7.0)
+    weight.take_factor(other)
+    assert weight.factor.item() == 0.125, "a replay may move it and leave its version"
 
 
 def check_on_a_gpu(rank: int) -> None:
