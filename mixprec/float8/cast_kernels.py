@@ -377,27 +377,29 @@ def cast_tensorwise_(
 @triton.jit
 def _keys_kernel(
     x,
-    row_keys,
-    col_keys,
+    keys,
     num_rows,
     num_cols,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The largest key of each row and each column."""
+    """The largest key of each row, then of each column, of those asked for."""
     columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     best = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
     for tile in range(TILES):
         rows = (tl.program_id(0) * TILES + tile) * BLOCK_R + tl.arange(0, BLOCK_R)
-        keys = _magnitude(_load(x, rows, columns, num_rows, num_cols)) + 0x00800000
-        if row_keys is not None:
-            top = tl.max(keys, axis=1)
-            tl.atomic_max(row_keys + rows, top, mask=rows < num_rows, sem="relaxed")
-        best = tl.maximum(best, keys)
-    if col_keys is not None:
+        found = _magnitude(_load(x, rows, columns, num_rows, num_cols)) + 0x00800000
+        if ROWS:
+            top = tl.max(found, axis=1)
+            tl.atomic_max(keys + rows, top, mask=rows < num_rows, sem="relaxed")
+        best = tl.maximum(best, found)
+    if COLS:
         top = tl.max(best, axis=0)
-        tl.atomic_max(col_keys + columns, top, mask=columns < num_cols, sem="relaxed")
+        at = keys + (num_rows if ROWS else 0) + columns
+        tl.atomic_max(at, top, mask=columns < num_cols, sem="relaxed")
 
 
 @triton.jit
@@ -425,8 +427,7 @@ def _rowwise_cast_kernel(
     x,
     by_row,
     by_col,
-    row_keys,
-    col_keys,
+    keys,
     row_factors,
     col_factors,
     counters,
@@ -448,6 +449,7 @@ def _rowwise_cast_kernel(
     values = _load(x, rows, columns, num_rows, num_cols)
     if by_col is not None:
         is_writer = tl.program_id(0) == 0
+        col_keys = keys + (0 if by_row is None else num_rows)
         multiplier = _fitted(
             col_keys, col_factors, columns, num_cols, is_writer, MAX, EXPONENT, POWER_OF_TWO
         )[None, :]
@@ -456,7 +458,7 @@ def _rowwise_cast_kernel(
     if by_row is not None:
         is_writer = tl.program_id(1) == 0
         multiplier = _fitted(
-            row_keys, row_factors, rows, num_rows, is_writer, MAX, EXPONENT, POWER_OF_TWO
+            keys, row_factors, rows, num_rows, is_writer, MAX, EXPONENT, POWER_OF_TWO
         )[:, None]
         codes = _codes(values, multiplier, TYPE)
         _store_rows(by_row, codes, rows, columns, num_rows, num_cols)
@@ -489,27 +491,27 @@ def cast_rowwise_(
 ) -> tuple[Tensor, Tensor]:
     """As above, by multipliers for each row and for each column; their factors, `[.., 1]`.
 
-    Two launches and a memset. One orientation at least.
+    Two launches and a memset. One orientation at least. The kernels divide the keys themselves:
+    around a kernel that writes to a view, torch 2.11 compiles a read past the view's end.
     """
     sizes = [0 if by_row is None else x.shape[0], 0 if by_col is None else x.shape[1]]
     keys = torch.zeros(sum(sizes), dtype=torch.int32, device=x.device)
-    row_keys, col_keys = keys.split(sizes)
     row_factors, col_factors = (x.new_empty(size, 1, dtype=torch.float32) for size in sizes)
     amax, tile = _AMAX_TILE, _ROWWISE_TILE
     with on_device(x.device):
         _keys_kernel[_grid(x, amax, amax["TILES"])](
             x,
-            None if by_row is None else row_keys,
-            None if by_col is None else col_keys,
+            keys,
             *x.shape,
+            ROWS=by_row is not None,
+            COLS=by_col is not None,
             **amax,
         )
         _rowwise_cast_kernel[_grid(x, tile)](
             x,
             by_row,
             by_col,
-            row_keys,
-            col_keys,
+            keys,
             row_factors,
             col_factors,
             counters,
