@@ -33,6 +33,8 @@ def on_device(device: torch.device) -> Any:
 
     To set that takes as long as to launch, so it is set only if it is another.
     """
+    if torch.compiler.is_compiling():  # the compiler sets it around all that it makes
+        return _HERE
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
     return torch.cuda.device(device)

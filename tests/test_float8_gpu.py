@@ -15,6 +15,7 @@ from waiting import no_waiting
 import mixprec
 from mixprec import Precision
 from mixprec.float8 import Recipe, has_units
+from mixprec.float8 import operand as operand_module
 
 pytestmark = pytest.mark.gpu
 
@@ -190,6 +191,39 @@ def test_a_model_that_was_moved_compiles_before_it_has_run(cuda: torch.device) -
     compiled = run(torch.compile(model, fullgraph=True), x, dy)
     for a, b in zip(compiled, run(twin, x, dy), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+@pytest.mark.parametrize("recipe", ["adaptive", "tensorwise"])
+def test_compiled_code_allocates_bytes_no_earlier_than_it_writes_them(
+    cuda: torch.device, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mlp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up, self.down = (
+                nn.Linear(*sizes, bias=False) for sizes in ((256, 1024), (256, 1024), (1024, 256))
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def peak() -> int:
+        torch._dynamo.reset()
+        model = Mlp().to(cuda)
+        Precision("fp8", recipe=recipe).convert(model, min_dim=16)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False)
+        x = torch.randn(4096, 256, device=cuda).bfloat16()
+        for _ in range(2):
+            run(compiled, x, x)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(compiled, x, x)
+        return torch.cuda.max_memory_allocated() - before
+
+    marked = peak()
+    monkeypatch.setattr(operand_module, "written", lambda x: x)
+    assert marked < peak()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+import sys
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from fp8 import RECIPES, run
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import mixprec
 from mixprec import Precision, formats
-from mixprec.float8 import Cast, Float8Linear, Recipe, operand, weight
+from mixprec.float8 import Cast, Float8Linear, Recipe, operand, operators, weight
 from mixprec.float8 import linear as linear_module
+from mixprec.float8.operators import written
 from mixprec.float8.recipe import PRODUCTS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -543,6 +546,31 @@ def test_a_compiled_model_recompiles_for_no_step() -> None:
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
             compiled(x * 4**step).backward(dy)
         optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+def test_compiled_code_writes_what_several_kernels_read_once() -> None:
+    torch._dynamo.reset()
+    scale, counters = torch.ones(2), torch.zeros(8, dtype=torch.int64)
+
+    def casts(x: Tensor) -> list[Tensor]:
+        y = written(x.sin())
+        options = "e4m3", "static", False, scale, counters, True, True
+        return [operand._cast(y, *options)[0] for _ in range(2)]
+
+    x = torch.randn(16, 16)
+    rows, codes = run_and_get_code(torch.compile(casts, fullgraph=True), x)
+    assert "".join(codes).count("= empty_strided_cpu((16, 16)") == 1
+    for got in rows:
+        assert torch.equal(got.float(), casts(x)[0].float())
+
+
+def test_another_compiler_copies_what_kernels_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._inductor.lowering", None)
+    operators._tell_compiler.__wrapped__()
+    x = torch.randn(16, 16)
+    copy = torch.compile(written, fullgraph=True, backend="aot_eager")(x)
+    assert copy is not x and torch.equal(copy, x)
 
 
 def test_a_cast_of_another_thread_in_between_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,9 @@
 The multiplier and the counters live on the device. An exponent may move between two steps without
 a recompilation or another capture of a CUDA graph, and nothing waits for the device to know it.
 
-Under `torch.compile` a cast is one registered operator, which the compiler leaves as it is, or, on
-demand and with a static exponent, plain operations that it may fuse with what comes before.
+Under `torch.compile` a cast is a kernel that the compiled code launches; where there is none, one
+registered operator, which the compiler leaves as it is; or, on demand and with a static exponent,
+plain operations that it may fuse with what comes before.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ from mixprec.float8.cast import (
     cast_rowwise,
     cast_scaled,
     cast_tensorwise,
+    has_kernel,
 )
 from mixprec.float8.exponents import follow, scale_for
-from mixprec.float8.operators import operator
+from mixprec.float8.operators import operator, written
 from mixprec.float8.products import padded
 from mixprec.float8.recipe import Cast
 
@@ -96,6 +98,8 @@ class Operand:
         plan = self.cast
         if self.inline:
             return _inlined(x, plan, rows, cols)
+        if has_kernel(x.device):  # launched by what the compiler makes, past any operator
+            return cast_as(plan, written(x), scale, counters, rows, cols)
         options = plan.format.name, plan.scaling, plan.power_of_two
         by_row, by_col, row_scale, col_scale = _cast(x, *options, scale, counters, rows, cols)
         return Operand8(

@@ -8,11 +8,13 @@ turn is registered here directly; tests make those checks once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["operator"]
+__all__ = ["operator", "written"]
 
 _library = torch.library.Library("mixprec", "FRAGMENT")
 
@@ -32,3 +34,38 @@ def operator(
     torch.library.register_fake(f"mixprec::{name}", fake, lib=_library)
     registered: Callable[..., Any] = getattr(torch.ops.mixprec, name).default
     return registered
+
+
+def written(x: Tensor) -> Tensor:
+    """`x` for a kernel that compiled code launches: in memory before the kernel's outputs are.
+
+    Left alone, the compiler computes `x` once more for each kernel that reads it, after it has
+    allocated what that kernel writes: more traffic, and a higher peak.
+    """
+    return _mark(x)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def _traced(x: Tensor) -> Tensor:
+    _tell_compiler()
+    return torch.empty_like(x)
+
+
+@cache
+def _tell_compiler() -> None:
+    """That `_mark` needs no copy. The way to say so is private; without it, there is a copy."""
+    try:
+        from torch._inductor.lowering import register_lowering
+    except ImportError:
+        return
+
+    @register_lowering(_mark, type_promotion_kind=None)
+    def _(x: Any) -> Any:
+        x.realize()
+        return x
+
+
+_mark = operator("float8_written", _copy, _traced, mutates=())
