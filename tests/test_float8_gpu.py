@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from fp8 import RECIPES, run
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from waiting import no_waiting
 
 import mixprec
 from mixprec import Precision
 from mixprec.float8 import Recipe, has_units
 from mixprec.float8 import operand as operand_module
+from mixprec.float8 import weight as weight_module
 
 pytestmark = pytest.mark.gpu
 
@@ -191,6 +193,48 @@ def test_a_model_that_was_moved_compiles_before_it_has_run(cuda: torch.device) -
     compiled = run(torch.compile(model, fullgraph=True), x, dy)
     for a, b in zip(compiled, run(twin, x, dy), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_compiled_checkpoints_recompute_the_same_bytes_and_no_weight(
+    cuda: torch.device, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, input: Tensor) -> Any:
+            return checkpoint(super().forward, input, use_reentrant=False)
+
+    model: Any = Checkpointed(nn.Linear(64, 48, bias=False), nn.Linear(48, 64, bias=False))
+    Precision("fp8", recipe=recipe).convert(model.to(cuda), min_dim=16)
+    twin = copy.deepcopy(model)
+    x, dy = (torch.randn(32, 64, device=cuda).bfloat16() for _ in range(2))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=2**-6) for m in (model, twin)]
+    for m, optimizer in zip((model, twin), optimizers, strict=True):  # which settles exponents
+        run(m, x, dy)
+        optimizer.step()
+    casts: list[str] = []
+
+    def counted(name: str, cast: Any) -> Any:
+        def counting(*args: Any, **options: Any) -> Any:
+            casts.append(name)
+            return cast(*args, **options)
+
+        return counting
+
+    for name in ("cast_scaled", "cast_as"):
+        monkeypatch.setattr(weight_module, name, counted(name, getattr(weight_module, name)))
+    compiled = torch.compile(model, fullgraph=True)
+    for _ in range(3):
+        for _ in range(2):
+            for a, b in zip(run(compiled, x, dy), run(twin, x, dy), strict=True):
+                assert torch.equal(a, b)
+        assert len(casts) == len(model) + len(twin)
+        casts.clear()
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mixprec.devices import is_capturing
 from mixprec.float8.all_gather import ByteGather, GatheredWeight
-from mixprec.float8.cast import Operand8, cast_scaled
+from mixprec.float8.cast import Operand8, cast_scaled, has_kernel
 from mixprec.float8.exponents import follow_weight
 from mixprec.float8.late_cast import late_cast
 from mixprec.float8.operand import Operand, cast_as, cast_named
@@ -97,7 +97,7 @@ class CachedWeight:
                 torch.empty(for_rows, dtype=torch.float32, device=device),
                 torch.empty(for_cols, dtype=torch.float32, device=device),
             )
-        _at_address[self.held[2].data_ptr()] = self
+        _at_address[self.held[0].data_ptr()] = self
         follow_weight(self)
 
     def __call__(self, weight: Tensor, output: float, grad_input: float) -> Operand8:
@@ -119,7 +119,9 @@ class CachedWeight:
             return _scaled(self.operand(weight), output, grad_input)
         operand, held = self.operand, self.held
         plan = operand.cast.format.name, operand.cast.scaling, operand.cast.power_of_two
-        refresh = _refresh_op if compiling else _refresh
+        refresh = _refresh
+        if compiling:
+            refresh = _kept_op if has_kernel(weight.device) else _refresh_op
         refresh(weight, *held, *plan, operand.scale, operand.counters, output, grad_input)
         return Operand8(*held)
 
@@ -178,7 +180,7 @@ class CachedWeight:
 
 
 _at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueDictionary()
-"""Who owns the copies, by where their scale lies; an operator is given nothing but tensors."""
+"""Who owns the copies, by where the rows lie; an operator is given nothing but tensors."""
 
 
 def _signs(weight: Tensor, output: float, grad_input: float) -> list[Any]:
@@ -210,7 +212,7 @@ def _refresh(
     grad_input: float,
 ) -> None:
     """Write the copies of `weight` unless they are there."""
-    owner = _at_address.get(row_scale.data_ptr())
+    owner = _at_address.get(rows.data_ptr())
     if owner is not None and owner.is_made_of(weight, output, grad_input):
         return
     plan = cast_named(format, scaling, power_of_two)
@@ -228,9 +230,12 @@ def _refresh(
         owner.note(weight, output, grad_input)
 
 
+_SCALES = "row_scale", "col_scale", "counters"
 _refresh_op = operator(
-    "float8_weight",
-    _refresh,
-    lambda *arguments: None,
-    mutates=("rows", "cols", "row_scale", "col_scale", "counters"),
+    "float8_weight", _refresh, lambda *arguments: None, mutates=("rows", "cols", *_SCALES)
 )
+_kept_op = operator("float8_kept_weight", _refresh, lambda *arguments: None, mutates=_SCALES)
+"""Does not say that it writes rows and columns. If it did, the recomputation of a checkpoint, once
+compiled, would be handed copies of them and cast anew into those. Products read a scale too, and so
+come after this; where they are emulated, the values are read alone, and must not be read before.
+"""
