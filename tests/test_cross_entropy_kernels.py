@@ -191,15 +191,17 @@ def test_losses_alone_leave_the_logits_as_they_are(name: str, logits_dtype: torc
     losses, lses, _ = by_kernel(logits, None, targets, terms, token_weight)
     assert torch.equal(logits, before)
     again = by_kernel(logits, front_of_rows(logits, BF16), targets, terms, token_weight)
-    assert torch.equal(losses, again[0])
-    assert torch.equal(lses, again[1])
+    # Either kernel may round the last product of a logarithm before it is added, or fuse the two:
+    # half the spacing of a logarithm near 10, and of a sum below 16 once more.
+    close(losses, again[0], rtol=0, atol=2**-20, what="losses")
+    close(lses, again[1], rtol=0, atol=2**-20, what="log-sum-exps")
 
 
 def test_front_half_is_written_after_it_was_read() -> None:
-    """The same gradient in memory of its own."""
+    """The same gradient in memory of its own. In another layout, sums would have another order."""
     tokens = 2 if INTERPRETED else 500
     logits, targets = case(tokens, 20_001, FP32)
-    apart = torch.empty(tokens, 20_001, dtype=BF16, device=DEVICE)
+    apart = front_of_rows(torch.empty_strided(logits.shape, logits.stride(), device=DEVICE), BF16)
     by_kernel(logits, apart, targets, LossTerms(), None)
     gradient = front_of_rows(logits, BF16)
     by_kernel(logits, gradient, targets, LossTerms(), None)
