@@ -582,6 +582,7 @@ def section_depth() -> None:
     makers: dict[str, Callable[[], nn.Module]] = {
         "bf16 compiled": lambda: deepcopy(plain),
         "adaptive compiled": lambda: converted("adaptive"),
+        "tensorwise compiled": lambda: converted("tensorwise"),
     }
     if has_torchao():
         makers["torchao tensorwise compiled"] = lambda: torchao(deepcopy(plain), "tensorwise")
