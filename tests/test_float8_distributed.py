@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -542,24 +543,29 @@ def check_on_a_gpu(rank: int) -> None:
 
     torch.cuda.set_device(rank)
     mesh = init_device_mesh("cuda", (1,))
-    for recipe in RECIPES:
-        for by_bytes in (False, True):
-            alone, model = build(recipe).cuda(), build(recipe).cuda()
-            if by_bytes and not float8.enable_fsdp_float8_all_gather(model):
-                continue
-            for block in (*model, model):
-                fully_shard(block, mesh=mesh)
-            steppers = [(one, optimizer_for(one)) for one in (alone, model)]
-            for step in range(STEPS):
-                x, dy = (t.cuda() for t in data(step, 1))
-                outputs: list[Tensor] = []
-                for one, stepper in steppers:
-                    outputs.append(one(x))
-                    outputs[-1].backward(dy)
-                    stepper.step()
-                    stepper.zero_grad()
-                assert torch.equal(*outputs), f"{recipe}, by_bytes={by_bytes}, step {step}"
-            assert_same([], model, ([], alone))
+    ways = [(recipe, backend) for recipe in RECIPES for backend in (None, "aot_eager")]
+    ways.append(("adaptive", "inductor"))
+    for (recipe, backend), by_bytes in itertools.product(ways, (False, True)):
+        torch._dynamo.reset()
+        alone, model = (build(recipe, recompute=backend is not None).cuda() for _ in range(2))
+        if by_bytes and not float8.enable_fsdp_float8_all_gather(model):
+            continue
+        if backend is not None:
+            for block in (*alone, *model):
+                block.compile(backend=backend, fullgraph=True)
+        for block in (*model, model):
+            fully_shard(block, mesh=mesh)
+        steppers = [(one, optimizer_for(one)) for one in (alone, model)]
+        for step in range(STEPS):
+            x, dy = (t.cuda() for t in data(step, 1))
+            outputs: list[Tensor] = []
+            for one, stepper in steppers:
+                outputs.append(one(x))
+                outputs[-1].backward(dy)
+                stepper.step()
+                stepper.zero_grad()
+            assert torch.equal(*outputs), f"{recipe}, {backend}, bytes: {by_bytes}, step {step}"
+        assert_same([], model, ([], alone))
 
 
 @pytest.mark.gpu
