@@ -244,6 +244,17 @@ def test_an_input_of_another_dtype_is_refused(x: Tensor, message: str) -> None:
         layer()(x)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_tensor_in_8_bits_leaves_a_layer(recipe: str) -> None:
+    """So none can reach a product that is not scaled."""
+    linear, seen = layer(recipe=recipe), list[Tensor]()
+    linear.register_forward_hook(lambda _, inputs, output: seen.extend((*inputs, output)))
+    linear.register_full_backward_hook(lambda _, *grads: seen.extend(itertools.chain(*grads)))
+    seen += run(linear, *operands(32, 64))
+    seen += [*linear.parameters(), *linear.buffers(), *linear.state_dict().values()]
+    assert len(seen) == 12 and {tensor.dtype for tensor in seen} == {torch.bfloat16}
+
+
 def test_a_second_derivative_is_refused() -> None:
     x = operands(16, 64)[0].requires_grad_()
     y = layer()(x).float().sum()
