@@ -191,10 +191,11 @@ def test_losses_alone_leave_the_logits_as_they_are(name: str, logits_dtype: torc
     losses, lses, _ = by_kernel(logits, None, targets, terms, token_weight)
     assert torch.equal(logits, before)
     again = by_kernel(logits, front_of_rows(logits, BF16), targets, terms, token_weight)
-    # Either kernel may round the last product of a logarithm before it is added, or fuse the two:
-    # half the spacing of a logarithm near 10, and of a sum below 16 once more.
-    close(losses, again[0], rtol=0, atol=2**-20, what="losses")
-    close(lses, again[1], rtol=0, atol=2**-20, what="log-sum-exps")
+    assert torch.equal(losses, again[0])
+    # On a GPU either kernel may round the last product of a logarithm before it is added, or fuse
+    # the two: half the spacing of a logarithm near 10, and of a sum below 16 once more.
+    fused = 0 if INTERPRETED else 2**-20
+    close(lses, again[1], rtol=0, atol=fused, what="log-sum-exps")
 
 
 def test_front_half_is_written_after_it_was_read() -> None:
