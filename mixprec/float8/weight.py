@@ -194,7 +194,7 @@ def _times(factor: Tensor, multiplier: float) -> Tensor:
 
 def _scaled(operand: Operand8, output: float, grad_input: float) -> Operand8:
     rows, cols, row_scale, col_scale = operand
-    return Operand8(rows, cols, row_scale * output, col_scale * grad_input)
+    return Operand8(rows, cols, _times(row_scale, output), _times(col_scale, grad_input))
 
 
 def _refresh(
