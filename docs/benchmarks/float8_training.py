@@ -66,7 +66,18 @@ class Size:
 SIZES = {
     # Clipped, and with a long warm-up: else two runs that differ in nothing end 2 to 13 % apart.
     "100m": Size(
-        1024, 8, 2816, 1024, 16, 1, 1200, 2**26, 3e-4, 2**-1, warm_up=1 / 3, max_grad_norm=1.0
+        width=1024,
+        depth=8,
+        mlp_width=2816,
+        context=1024,
+        rows=16,
+        micro_batches=1,
+        steps=1200,
+        text_bytes=2**26,
+        lr=3e-4,
+        unit_lr=2**-1,
+        warm_up=1 / 3,
+        max_grad_norm=1.0,
     ),
     # 128 wide, 3 blocks, 768 bytes a step: small enough for FP8 emulated on a CPU.
     "toy": Size(128, 3, 352, 64, 6, 2, 400, 2**22, lr=5e-4, unit_lr=2**-2),
