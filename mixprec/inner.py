@@ -84,36 +84,39 @@ class StandIns:
         self.shared = shared_keys(inner) if shared is None else shared
 
     def enter(self) -> None:
+        """Show the stand-ins. What is in the optimizer's state stays there, too."""
         inner = self.inner
         self._groups = inner.param_groups
         self._params = {i: list(self._groups[i]["params"]) for i in self.members}
         self._state = cast(dict[Any, Any], inner.state)
-        inner.state = defaultdict(dict)
-        for key in self.shared:
-            inner.state[key] = self._state.pop(key)
-        for param, stand_in in self._pairs():
-            if param in self._state:
-                inner.state[stand_in] = self._state.pop(param)
+        self._hooks = inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks
+        shown: defaultdict[Any, Any] = defaultdict(dict)
+        shown.update((key, self._state[key]) for key in self.shared)
+        # Rules initialise a state that is absent or empty.
+        shown.update((s, self._state[p]) for p, s in self._pairs() if self._state.get(p))
+        self._shown = inner.state = shown
         if len(self.members) < len(self._groups):
             inner.param_groups = [self._groups[i] for i in self.members]
         # The wrapper has run them already, and `super().step()` in a rule would run them again.
-        self._hooks = inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks
         inner._optimizer_step_pre_hooks = OrderedDict()
         inner._optimizer_step_post_hooks = OrderedDict()
         for i, pairs in self.members.items():
             self._groups[i]["params"][:] = [stand_in for _, stand_in in pairs]
 
     def leave(self) -> None:
-        inner = self.inner
+        """Show the parameters again, with the state that the rule has left. May be done twice."""
+        inner, shown = self.inner, self._shown
         for i, params in self._params.items():
             self._groups[i]["params"][:] = params
         inner.param_groups = self._groups
         inner._optimizer_step_pre_hooks, inner._optimizer_step_post_hooks = self._hooks
         param_of = {id(stand_in): param for param, stand_in in self._pairs()}
-        for key, value in cast(dict[Any, Any], inner.state).items():
-            self._state[param_of.get(id(key), key)] = value
-            if not isinstance(key, Tensor):
-                self.shared.add(key)
+        self.shared.update(key for key in shown if not isinstance(key, Tensor))
+        left = {param_of.get(id(key), key): value for key, value in shown.items()}
+        for key in (*param_of.values(), *self.shared):
+            if key not in left:
+                self._state.pop(key, None)
+        self._state.update(left)
         inner.state = cast(Any, self._state)
 
     def __enter__(self) -> StandIns:
@@ -168,8 +171,12 @@ class GroupValues:
         try:
             yield
         finally:
-            for group, before in zip(self._groups, self._before, strict=True):
-                _assign(group, before)
+            self.restore()
+
+    def restore(self) -> None:
+        """Put every group's values back."""
+        for group, before in zip(self._groups, self._before, strict=True):
+            _assign(group, before)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,18 +13,21 @@ parameters are their own masters.
 
 The weight is what the model computes with, so the weight wins over its master when somebody writes
 it outside of a step: a checkpoint loaded late, a pruned or clamped weight. A full master is
-compared with the weight and keeps its bits where the weight is still its rounding (`agree`). A
-split master follows by itself: the weight is its upper half, and of what was there only the
-remainder stays, less than half of the weight's spacing.
+compared with the weight at each step and keeps its bits where the weight is still its rounding
+(`agree`): writes through `.data` move no counter, so only a look can tell. A split master follows
+by itself: the weight is its upper half, and of what was there only the remainder stays, less than
+half of the weight's spacing.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec import formats
 from mixprec.gradients import local
@@ -64,17 +67,16 @@ def read(
     return out
 
 
-def write(param: Tensor, stored: Tensor, master: Tensor, *, spent: bool = False) -> None:
+def write(param: Tensor, stored: Tensor, master: Tensor, *, scratch: Tensor | None = None) -> None:
     """Set the weight to the rounding of `master` and `stored` to what restores its bits.
 
-    `spent` says that the values in `master` may be overwritten, which spares an allocation.
+    May be done twice. `scratch` is int32 room shaped as `master`, which spares an allocation.
     """
     if stored.dtype != torch.int16:
         param.detach().copy_(master)
         if stored is not master:
             stored.copy_(master)
         return
-    scratch = local(master).view(torch.int32) if spent else None
     formats.split(local(master), out=(local(param.detach()), local(stored)), scratch=scratch)
 
 
@@ -98,22 +100,32 @@ def agree(param: Tensor, master: Tensor) -> Tensor:
     return torch.where(rounded, master, weight.float())
 
 
+def is_rounding(param: Tensor, master: Tensor) -> bool:
+    """Whether every weight is its master, rounded to nearest even. Waits for the device."""
+    weight = local(param.detach())
+    rounded = local(master).to(weight.dtype)
+    return torch.equal(rounded.view(torch.int16), weight.view(torch.int16))
+
+
 class MasterStore:
     """The masters of an optimizer's 16-bit parameters, each in its parameter's state.
 
     A master that is set before the rule has made its own state waits in `early`: a state that holds
     nothing but a master would tell rules and distributed checkpoints that there is nothing left to
-    initialise.
+    initialise. Nothing here keeps a parameter alive.
     """
 
     def __init__(self, choice: Literal["auto", "full", "split"]) -> None:
         self.choice = choice
         self.whole = False
         """Whether the rule sees all tensors at once, which takes full masters."""
-        self.early: dict[Tensor, Tensor] = {}
-        self.edited: list[Tensor] = []
-        """Parameters found to differ from their masters, until somebody clears the list."""
-        self._versions: dict[Tensor, int] = {}
+        self.in_model = False
+        """Whether 16-bit parameters are FP32 for now, see `MixedPrecision.masters_in_model`."""
+        self.early: Any = WeakIdKeyDictionary()
+        self.edited: Any = WeakIdKeyDictionary()
+        """Parameters found to differ from their masters, until somebody clears it."""
+        self._versions: Any = WeakIdKeyDictionary()
+        """Versions that full masters were last seen to agree with."""
 
     def has(self, param: Tensor) -> bool:
         """Whether the parameter needs a master."""
@@ -126,76 +138,100 @@ class MasterStore:
         full = param.dtype == torch.float16 or self.choice == "full" or self.whole
         return "full" if full else "split"
 
-    def origin(self, state: dict[Tensor, Any], param: Tensor) -> Literal["state", "early", "new"]:
-        """Where the parameter's master is; "new" if there is none yet."""
-        if MASTER in state.get(param, ()):
-            return "state"
-        return "early" if param in self.early else "new"
+    def stored(self, state: dict[Tensor, Any], param: Tensor) -> Tensor | None:
+        """What is stored for the master, as it is; None if there is none yet."""
+        found: Tensor | None = state.get(param, {}).get(MASTER)
+        if found is None:
+            found = self.early.get(param)
+        if found is not None and found.shape != param.shape:
+            raise RuntimeError(
+                f"a parameter is {list(param.shape)} and its stored master {list(found.shape)}: "
+                f"the parameter was resized or replaced, and its state was not. Cut or extend "
+                f"every tensor in optimizer.state[param] in the same way, {MASTER!r} included, or "
+                f"delete the entry."
+            )
+        return found
 
     def known(self, state: dict[Tensor, Any], param: Tensor) -> bool:
         """Whether the parameter has a master that may differ from it."""
-        return self.origin(state, param) != "new"
+        # A rule may keep a state of this name for an FP32 parameter, which has no master.
+        masters = self.has(param) or self.in_model
+        return masters and (MASTER in state.get(param, ()) or param in self.early)
 
-    def take(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
-        """Remove from `state` what is stored for the master, brought up to date with the weight."""
-        entry = state.get(param)
-        stored: Tensor | None = entry.pop(MASTER, None) if entry else None
-        if entry is not None and not entry:
-            del state[param]  # rules initialise a state that is absent or empty
-        stored = self.early.pop(param, None) if stored is None else stored
-        storage = self.storage(param)
+    def current(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
+        """What to store for the master now: up to date with the weight, as `storage` wants it.
+
+        Changes nothing but a full master in place, where the weight was written by somebody else.
+        """
+        stored, storage = self.stored(state, param), self.storage(param)
         if stored is None:
             return begin(param, storage)
         if stored.dtype == torch.int16:
             return stored if storage == "split" else read(param, stored)
-        if self._versions.get(param) != param._version:
-            self._follow(param, stored)
+        self._follow(param, stored)
         if storage == "full":
             return stored
-        remainder = begin(param, "split")
-        write(param, remainder, stored)
+        weight, remainder = formats.split(local(stored))
+        # The weight may be the other rounding of the master: it becomes the one that joins.
+        local(param.detach()).copy_(weight)
         return remainder
 
     def put(self, state: dict[Tensor, Any], param: Tensor, stored: Tensor) -> None:
         """Store a master whose weight is its rounding."""
         state[param][MASTER] = stored
+        self.early.pop(param, None)
         if stored.dtype != torch.int16:
             self._versions[param] = param._version
-
-    def written(self, params: list[Tensor]) -> None:
-        """Take these weights for the roundings of their full masters: a kernel wrote both."""
-        self._versions.update((param, param._version) for param in params)
 
     def master(self, state: dict[Tensor, Any], param: Tensor) -> Tensor:
         """The FP32 master as of now, without changing anything; the parameter itself if FP32."""
         if not self.has(param):
             return param.detach()
-        stored: Tensor | None = state.get(param, {}).get(MASTER, self.early.get(param))
+        stored = self.stored(state, param)
         if stored is None:
             return param.detach().float()
-        if stored.dtype == torch.int16 or self._versions.get(param) == param._version:
+        if stored.dtype == torch.int16:
             return read(param, stored)
-        return agree(param, stored)
+        agreed = agree(param, stored)
+        return stored if torch.equal(local(agreed), local(stored)) else agreed
 
     def set(self, state: dict[Tensor, Any], param: Tensor, master: Tensor) -> None:
         """Make `master` the parameter's master and its rounding the weight."""
-        entry = state.get(param) or {}
-        stored = entry.get(MASTER)
+        stored = self.stored(state, param)
         if stored is None:
-            stored = self.early[param] = begin(param, "full")
+            stored = begin(param, "full")
+            self.early[param] = stored
         write(param, stored, master)
-        if stored.dtype != torch.int16:
-            self._versions[param] = param._version
 
     def forget_versions(self) -> None:
-        """Compare every full master with its weight at the next step."""
+        """Compare every full master with its weight at the next step, whatever torch counted."""
         self._versions.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"choice": self.choice, "whole": self.whole, "early": list(self.early.items())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["choice"])
+        self.whole = state["whole"]
+        for param, master in state["early"]:
+            self.early[param] = master
+
     def _follow(self, param: Tensor, master: Tensor) -> None:
+        """Read a master again where its weight was written by somebody else.
+
+        On a device nobody waits to see whether there is such an element, unless torch's version
+        counter says that there may be.
+        """
+        on_host = param.device.type == "cpu"
+        if not on_host and self._versions.get(param) == param._version:
+            master.copy_(agree(param, master))
+            return
+        if is_rounding(param, master):
+            return
         agreed = agree(param, master)
         if not torch.equal(local(agreed), local(master)):
             master.copy_(agreed)
-            self.edited.append(param)
+            self.edited[param] = None
 
 
 class Scratch:
@@ -231,7 +267,9 @@ class Scratch:
         key, numel = (like.device, use), like.numel()
         start = self._used[key]
         self._used[key] = start + Scratch.padded(numel)
-        flat = self._room[key][start : start + numel] if numel else like.new_empty(0).float()
+        if not numel:
+            return torch.empty_like(like, dtype=torch.float32, requires_grad=False)
+        flat = self._room[key][start : start + numel]
         if like.is_contiguous():
             return flat.view(like.shape)
         # A rule may reduce over the tensor, and the order of a reduction follows the strides.
@@ -240,6 +278,8 @@ class Scratch:
     def used(self, device: torch.device, use: str) -> Tensor:
         """All that was taken since `reserve`, as one vector."""
         key = (device, use)
+        if key not in self._room:  # nothing but tensors without elements was taken
+            return torch.empty(0, dtype=torch.float32, device=device)
         return self._room[key][: self._used[key]]
 
     @staticmethod
@@ -249,9 +289,11 @@ class Scratch:
 
 
 def nested(value: object, change: Callable[[Tensor], Tensor]) -> object:
-    """`value` with `change` applied to every tensor in its lists, tuples and dicts."""
+    """`value` with `change` applied to every tensor in its lists, tuples, deques and dicts."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, deque):
+        return deque((nested(v, change) for v in value), value.maxlen)
     if isinstance(value, dict):
         return {k: nested(v, change) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

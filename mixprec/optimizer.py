@@ -7,11 +7,9 @@ step does is in `step`, where masters live in `masters`, how a rule may run in `
 
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any, Literal, overload
 
 import torch
@@ -19,19 +17,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mixprec import checkpoint, fp32_weights
-from mixprec.admission import admit
+from mixprec import checkpoint, fp32_weights, loading
+from mixprec.admission import Admission, admit
 from mixprec.arguments import check_options, check_parameters
+from mixprec.caller_modes import run_in_plain_modes
 from mixprec.explain import explain
 from mixprec.fused.admission import admit_fused
 from mixprec.fused.groups import Fused
 from mixprec.fused.judge import DeviceJudge
 from mixprec.fused.step import FusedStep
-from mixprec.masters import MASTER, MasterStore
+from mixprec.grad_factor import checked
+from mixprec.masters import LOW, MASTER, MasterStore, Storage
 from mixprec.names import names_of
+from mixprec.outcome import LossScaler, OnNonfinite
+from mixprec.own_state import own_entries
+from mixprec.owners import guard_inner_step, take_over
 from mixprec.run import make_state
 from mixprec.state_formats import StateFormats
-from mixprec.step import LossScaler, OnNonfinite, SteppingOptimizer
+from mixprec.step import SteppingOptimizer
+from mixprec.undo import Leaving
 
 _HOOKS = (
     "_optimizer_step_pre_hooks",
@@ -41,9 +45,6 @@ _HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-
-# The wrapper that each parameter was last given to; an older one must not step it any more.
-_owners: Any = WeakIdKeyDictionary()
 
 
 class MixedPrecision(SteppingOptimizer):
@@ -119,7 +120,7 @@ class MixedPrecision(SteppingOptimizer):
         check_options(
             masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel, fused, state_formats
         )
-        check_parameters(inner.param_groups, masters)
+        check_parameters(inner.param_groups, masters, fused)
         store = MasterStore(masters)
         super().__init__(
             inner,
@@ -134,8 +135,13 @@ class MixedPrecision(SteppingOptimizer):
             setattr(self, name, getattr(inner, name))
         self.defaults = inner.defaults
         self.param_groups, self.state = inner.param_groups, inner.state
+        self._wide: list[tuple[Tensor, Tensor]] = []
+        """Loaded masters of parameters that are not in 16 bits, until the first step."""
+        self._fresh_masters = False
+        """Whether masters were loaded since the last step."""
         self._adopt_state()
-        self._take_over()
+        take_over(self)
+        guard_inner_step(self)
 
     def __repr__(self) -> str:
         return f"MixedPrecision({self.inner!r})"
@@ -164,12 +170,14 @@ class MixedPrecision(SteppingOptimizer):
             grad_factor: multiplies all gradients, in FP32, together with unscaling and clipping:
                 a number or a 0-d tensor, which is not read by the host. 0 says that nothing was
                 counted (a window of padding): the step is the identity and no overflow is recorded.
+                One that is not finite, alone or times 1/loss_scale, is skipped like an overflow.
 
         Raises:
+            TypeError, ValueError: for a `grad_factor` that is no number, negative, or several.
             RuntimeError: if a loss scaler is set but no loss was scaled since the last step.
             FloatingPointError: for non-finite gradients, as `on_nonfinite` says.
         """
-        return self._step(closure, grad_factor)
+        return run_in_plain_modes(self._step, closure, checked(grad_factor))
 
     @torch.no_grad()
     def prepare_replay(self) -> None:
@@ -192,8 +200,15 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             RuntimeError: without a captured step, and where the rule has taken another branch.
         """
-        self._fused.prepare_replay()
-        self._steps += 1
+        self._settle()
+        self._check_finished("prepare_replay()")
+        self._hear()
+        self._undoable(
+            lambda: run_in_plain_modes(
+                lambda _: self._fused.prepare_replay(self._record.pending), None
+            )
+        )
+        self._count_replay()
 
     # ---------------------------------------- masters and weights
 
@@ -203,20 +218,21 @@ class MixedPrecision(SteppingOptimizer):
         A full master is the live tensor, a split one a decoded copy. Read them; to change weights,
         use `masters_in_model` or write to the parameters.
         """
-        self._fused.settle()
+        self._settle()
         for param in self._params():
             with torch.no_grad():  # never around the yield: the caller's code would run inside
                 master = self._store.master(self.state, param)
             yield param, master
 
     @contextmanager
-    def masters_in_model(self) -> Generator[None]:
+    def masters_in_model(self, model: nn.Module | None = None) -> Generator[None]:
         """Inside, the model's parameters are their FP32 masters: evaluate, average or export them.
 
         Parameters keep their identity; their dtype is FP32 inside and what it was afterwards. What
-        is written to them inside is kept: the masters take it over and the weights are rounded from
-        it. Splitting costs FP32 copies of all split masters while it lasts. Not for backward
-        passes.
+        is written to them inside is kept, in whatever way it is written: the masters take it over
+        and the weights are rounded from it. 16-bit buffers of `model`, if it is given, are FP32
+        inside as well. Splitting costs FP32 copies of all split masters while it lasts. Not for
+        backward passes. Inside of another such context, this one does nothing.
 
         >>> import torch
         >>> import mixprec
@@ -228,19 +244,23 @@ class MixedPrecision(SteppingOptimizer):
         >>> weight.dtype
         torch.bfloat16
         """
+        if self._in_model:
+            yield
+            return
+        self._settle()
+        self._check_finished("masters_in_model()")
         held = [(p, p.data, master) for p, master in self.masters() if self._store.has(p)]
-        versions = [param._version for param, _, _ in held]
-        self._in_model = True
+        buffers = [] if model is None else [b for b in model.buffers() if b.dtype in LOW]
+        wide = [(buffer, buffer.data, buffer.float()) for buffer in buffers]
         try:
-            for param, _, master in held:
-                param.data = master
+            self._in_model, self._store.in_model = True, bool(held)
+            for tensor, _, value in (*held, *wide):
+                tensor.data = value
             yield
         finally:
-            self._in_model = False
-            for (param, weight, master), version in zip(held, versions, strict=True):
-                param.data = weight
-                if param._version != version:
-                    self._store.set(self.state, param, master)
+            self._undo = leaving = Leaving(self, held, wide)
+            leaving.restore_data()
+            self._settle_undo()
 
     @torch.no_grad()
     def fp32_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -253,6 +273,10 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             ValueError: if the model holds none of this optimizer's parameters.
         """
+        self._settle()
+        self._check_finished("fp32_state_dict()")
+        self._check_master_shapes()
+        loading.take_over_wide(self._wide, partly=False)
         return fp32_weights.fp32_state_dict(model, self.masters())
 
     @torch.no_grad()
@@ -262,7 +286,8 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
         """
-        self._fused.settle()
+        self._settle()
+        self._check_master_shapes()
         ours = {id(param) for param in self._params() if self._store.has(param)}
 
         def set_master(param: Tensor, value: Tensor) -> bool:
@@ -273,17 +298,23 @@ class MixedPrecision(SteppingOptimizer):
         fp32_weights.load_fp32_state_dict(model, state_dict, set_master)
 
     @torch.no_grad()
-    def adopt_params(self) -> None:
-        """Start every master from its parameter's value, exactly, after editing weights by hand.
+    def adopt_params(self, params: Iterable[Tensor] | None = None) -> None:
+        """Read masters again from weights that somebody has written, where they are not the same.
 
-        Edits are followed without this call as well: a full master is read again where its weight
-        is no longer its rounding, and a split one keeps no more than a remainder below half of the
-        weight's spacing. This drops those remainders too.
+        A step does so as well, and warns. Where the weight is still its master, rounded, the master
+        keeps its FP32 bits. After a step that was stopped half-way, this says that training is to
+        go on from the weights and states that are there.
+
+        Args:
+            params: those to look at; all by default.
         """
-        self._fused.settle()
-        for param in self._params():
+        self._settle()
+        self._refuse_in_model("adopt_params()", "the weights will be rounded from")
+        for param in self._params() if params is None else params:
             if self._store.known(self.state, param):
-                self._store.set(self.state, param, param.detach().float())
+                self._store.set(self.state, param, self._store.master(self.state, param))
+        if params is None:
+            self._broken = ""
 
     # ---------------------------------------- state
 
@@ -292,16 +323,16 @@ class MixedPrecision(SteppingOptimizer):
         if not hasattr(self, "inner"):
             super().add_param_group(param_group)
             return
-        self._fused.settle()
+        self._settle()
         known = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
-            check_parameters(self.param_groups, self._store.choice)
-        except (TypeError, ValueError):
+            check_parameters(self.param_groups, self._store.choice, self._fused.fused)
+        except BaseException:
             del self.param_groups[known:]
             raise
         self._adopt_state()
-        self._take_over()
+        take_over(self)
         self._admissions.clear()
         self._fused.reset()
         self._checked = False
@@ -309,25 +340,35 @@ class MixedPrecision(SteppingOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the parameters' gradients, as the inner optimizer does."""
         self.inner.zero_grad(set_to_none=set_to_none)
+        self._scaled_grads = []
 
     def train(self, mode: bool = True) -> None:
         """Pass `train()` or `eval()` on to a rule that has modes (schedule-free); else nothing."""
+        run_in_plain_modes(lambda _: self._set_mode(mode), None)
+
+    def _set_mode(self, mode: bool) -> None:
         method: Callable[[], Any] | None = getattr(self.inner, "train" if mode else "eval", None)
         if method is None:
             return
         if any(self.state.get(p) for p in self._params()):
+            self._settle()
+            self._check_finished("train()" if mode else "eval()")
             self._ready()
             self._fused.release()
             groups: dict[int, list[Tensor]] = {
                 i: [p for p in group["params"] if self.state.get(p) or not self._in_buckets]
                 for i, group in enumerate(self.param_groups)
             }
-            self._run_rule(method, None, groups)
+            self._undoable(lambda: self._change_mode(method, groups))
             self._warn_of_edits()
             return
         method()  # nothing to move yet, and a rule may want its mode before it is tried
         for param in [p for p in self._params() if p in self.state and not self.state[p]]:
             del self.state[param]
+
+    def _change_mode(self, method: Callable[[], Any], groups: dict[int, list[Tensor]]) -> None:
+        undo = self._record.rule = self._rule_undo(sum(map(len, groups.values())))
+        self._run_rule(method, None, groups, undo)
 
     def eval(self) -> None:
         """Pass `eval()` on to a rule that has modes, see `train`."""
@@ -344,6 +385,12 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             RuntimeError: for a rule that evaluates closures (LBFGS), whose state needs a loss.
         """
+        run_in_plain_modes(lambda _: self._make_state(), None)
+
+    def _make_state(self) -> None:
+        self._settle()
+        self._check_finished("init_state()")
+        self._refuse_in_model("init_state()", "are no state")
         self._ready()
         if self._admission is not None and self._admission.calls_closure:
             raise RuntimeError(
@@ -364,78 +411,104 @@ class MixedPrecision(SteppingOptimizer):
         """The inner rule's state dict, with an FP32 `master` for each 16-bit parameter.
 
         Masters are decoded, so full and split checkpoints are one format, and a bare optimizer on
-        FP32 parameters loads them too. Empty before the first step, as for any optimizer.
+        FP32 parameters loads them too. Empty before the first step, as for any optimizer. A loss
+        scaler's state is in it as "loss_scaler".
+
+        Raises:
+            ValueError: for a parameter that is no longer of its master's shape.
         """
-        self._fused.settle()
-        decode = self.register_state_dict_post_hook(self._decode, prepend=True)
+        self._settle()
+        self._check_finished("state_dict()")
+        own = own_entries(self.inner)
+        hooks: list[Any] = []
         try:
-            return {**checkpoint.own_entries(self.inner), **super().state_dict()}
+            hooks.append(self.register_state_dict_post_hook(self._decode, prepend=True))
+            return {**own, **super().state_dict()}
         finally:
-            decode.remove()
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        self._check_master_shapes()
         state = dict(state_dict["state"])
+        wide = {id(param): master for param, master in self._wide}
         for key, param in zip(ids, self._params(), strict=True):
             if key in state:
                 state[key] = self._fused.decoded(state[key], param)
-            if self._store.known(self.state, param):
-                master = self._store.master(self.state, param)
-                state[key] = {**state.get(key, {}), MASTER: master}
-        return {**state_dict, "state": state}
+            adopted = bool(state.get(key)) and self._store.has(param)  # it starts from the weight
+            if adopted or self._store.known(self.state, param):
+                state[key] = {**state.get(key, {}), MASTER: self._store.master(self.state, param)}
+            elif id(param) in wide:
+                state[key] = {**state.get(key, {}), MASTER: wide[id(param)]}
+        scaler: Any = self.loss_scaler
+        extra = {checkpoint.LOSS_SCALER: scaler.state_dict()} if scaler is not None else {}
+        return {**state_dict, "state": state, **extra}
 
     @torch._disable_dynamo
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, in either storage, or of the bare inner optimizer.
 
-        Everything is checked first; if it fails, nothing has changed. States come back at the dtype
-        they were saved in. Weights are not written: where a weight is not the rounding of the
-        loaded master when the next step begins, the weight wins, with a warning. So the model and
-        the optimizer may be loaded in either order.
+        Everything is checked first, what the rule will want of it included; a load that fails or
+        is interrupted has changed nothing. States come back at the dtype they were saved in, and
+        the loss scaler, where one was saved and is here. Weights are not written: where a weight
+        is not the rounding of the loaded master when the next step begins, the weight wins, with a
+        warning. So the model and the optimizer may be loaded in either order. Only FP32 parameters
+        that are the roundings of saved masters become those masters.
 
         Raises:
+            TypeError: for what is no dict.
             ValueError: naming what is missing, too much or misshapen in the checkpoint, or that
                 another rule saved it.
+            RuntimeError: inside `masters_in_model()`.
         """
-        state_dict = state_dict.copy()
+        self._refuse_in_model("load_state_dict()", "would be overwritten when it ends")
+        checkpoint.check_dict(state_dict)
+        state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed: Any = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        saved_groups, saved_state = deepcopy(state_dict["param_groups"]), state_dict["state"]
-        torch_rule = type(self.inner).__module__.startswith("torch.optim")
-        pairs = checkpoint.pair(saved_groups, self.param_groups, self._name)
-        checkpoint.check_rule(saved_groups, self.param_groups, self.inner)
-        checkpoint.check(saved_state, pairs, self._name, torch_rule=torch_rule)
-        checkpoint.load_own_entries(self.inner, state_dict)
-        group_of = {key: group for group in saved_groups for key in group["params"]}
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        for key, entry in saved_state.items():
-            if key not in pairs:
-                state[key] = entry
-                continue
-            param = pairs[key]
-            state[param] = checkpoint.restored(entry, param, group_of[key], torch_rule=torch_rule)
-            if not self._store.has(param):
-                state[param].pop(MASTER, None)
-            if MASTER in state[param]:
-                self._store.early.pop(param, None)
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            kept = {key: group[key] for key in ("params", "param_names") if key in group}
-            group.clear()
-            group.update({**saved, **kept})
-        self.inner.__setstate__({"state": state, "param_groups": self.param_groups})
-        self.state = self.inner.state
-        self._store.forget_versions()
-        self._fused.adopt(self._params())
+        names = {id(param): name for param, name in names_of(self.param_groups)}
+        loaded = loading.read(
+            state_dict, self.inner, self.loss_scaler, lambda param: names[id(param)]
+        )
+        self._commit(loaded)
+        loading.take_over_wide(self._wide, partly=False)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
+    def _commit(self, loaded: loading.Loaded) -> None:
+        inner, store, scaler = self.inner, self._store, self.loss_scaler
+        objects = [self, inner, store, self._fused, *([] if scaler is None else [scaler])]
+        before = loading.Before(objects, [*self.param_groups, inner.defaults])
+        undo_own = loading.undo_own(inner) if loaded.own else None
+        try:
+            loading.commit(loaded, inner, scaler)
+            self.state = inner.state
+            # Masters that wait stay beside a bare optimizer's states, which have none.
+            kept = {} if loaded.has_masters else dict(store.early.items())
+            store.early = WeakIdKeyDictionary({**kept, **loaded.early})
+            store.forget_versions()
+            self._broken = ""
+            self._fused.adopt(self._params())
+            self._wide, self._fresh_masters = loaded.wide, loaded.has_masters
+            if scaler is not None and loaded.scaler is not None:
+                # Gradients at hand carry the scale of before; the next step has to have new ones.
+                self._losses_seen = scaler.losses_scaled
+        except BaseException:
+            before.restore()
+            if undo_own is not None:
+                undo_own()
+            raise
+
     def __getstate__(self) -> dict[str, Any]:
-        self._fused.settle()
+        self._refuse_in_model("copying", "would be FP32 for ever in the copy")
+        self._settle()
+        self._check_finished("copying this optimizer")
         shared = {"state", "param_groups", "defaults"}
-        apart = ("inner", "_fused", "_device_judge")
+        apart = ("inner", "_fused", "_device_judge", "_dtypes", "_undo", "_scaled_grads")
         own = {k: v for k, v in vars(self).items() if k not in apart and _is_picklable(k)}
         rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
         fused = (self._fused.fused, self._fused.formats)
@@ -452,32 +525,44 @@ class MixedPrecision(SteppingOptimizer):
         vars(self).update(own, **hooks)
         shared = {name: own[name] for name in ("state", "param_groups", "defaults")}
         vars(self.inner).update(rule, **shared, **hooks)
+        self._dtypes, self._undo, self._scaled_grads = WeakIdKeyDictionary(), None, []
         self._patch_step_function()
         self.inner._patch_step_function()
         self._store.forget_versions()
         self._fused = FusedStep(self.inner, self._store, *fused)
         self._device_judge = DeviceJudge()
         self._fused.adopt(self._params())
-        self._superseded_by = ""
-        self._take_over()
+        take_over(self)
+        guard_inner_step(self)
 
     # ---------------------------------------- what happened, and why
 
     @property
     def grads_finite(self) -> bool:
-        """Whether the last step went through; False if overflow made it skip. May synchronise."""
-        return not bool(self._verdict.overflowed)
+        """Whether the last step went through. May synchronise.
+
+        False if it was skipped, for gradients or a `grad_factor` that were not finite, and if there
+        was nothing to step with: no tokens, or no gradient. A schedule that waits for it counts
+        what the rule counts. True before the first step.
+        """
+        verdict = self._verdict
+        return verdict is None or (bool(verdict.held) and not bool(verdict.overflowed))
 
     def metrics(self) -> dict[str, float]:
         """Numbers of the last step and counts since construction, as floats. May synchronise.
 
-        `grad_norm` is the L2 norm after unscaling and before clipping.
+        `grad_norm` is the L2 norm after unscaling and before clipping; a step that is skipped for
+        its `grad_factor` has that of the gradients times it, so inf or NaN. `steps` went through,
+        as many as the rule itself has counted; `skipped_steps` were skipped, `skips_in_a_row` of
+        them since the last that went through; `empty_steps` had no tokens or no gradient.
         """
+        counts = self._skips.now()
         metrics = {
-            "grad_norm": float(self._verdict.norm),
-            "steps": float(self._steps),
-            "skipped_steps": float(self._skips.total),
-            "skips_in_a_row": float(self._skips.in_a_row),
+            "grad_norm": 0.0 if self._verdict is None else float(self._verdict.norm),
+            "steps": float(counts.stepped),
+            "skipped_steps": float(counts.skipped),
+            "skips_in_a_row": float(counts.skipped_in_a_row),
+            "empty_steps": float(counts.empty),
         }
         if self.loss_scaler is not None:
             metrics["loss_scale"] = self.loss_scaler.get_scale()
@@ -485,6 +570,8 @@ class MixedPrecision(SteppingOptimizer):
 
     def explain(self, *, formula: bool = False, source: bool = False) -> str:
         """How the rule runs and why, in which tier, and what each group's masters cost.
+
+        Changes nothing. Where a step would refuse, it says so in the step's words.
 
         With `formula`, also what the rule computes for each element, read off its own code by
         recording a step: a prime marks new values, s0, s1, ... are numbers that follow from the
@@ -499,10 +586,8 @@ class MixedPrecision(SteppingOptimizer):
             momentum_buffer' = momentum_buffer * s0 + grad
             master' = master + s1 * momentum_buffer'
         """
-        admission = self._admission
-        if admission is None and any(map(self._store.has, self._params())):
-            admission = admit(self.inner)
-            self._store.whole = not admission.per_parameter
+        admission, refusal = self._considered()
+        whole = admission is not None and not admission.per_parameter
         details = [f"non-finite gradients: {self.on_nonfinite} the step"]
         if self.max_grad_norm is not None:
             details.append(f"gradients clipped to norm {self.max_grad_norm} in FP32")
@@ -511,33 +596,61 @@ class MixedPrecision(SteppingOptimizer):
         if formula:
             details += _formulas(self.inner)
         if source:
-            details += self._sources()
+            details += self._sources(whole)
         return explain(
             type(self.inner).__name__,
             self.param_groups,
             admission,
-            self._store.storage,
+            lambda param: self._will_store(param, whole),
             self.bucket_numel,
-            self._how_fused,
+            lambda index: self._how_fused(index, whole),
             details,
+            refusal,
         )
 
-    def _sources(self) -> Iterator[str]:
-        if self._store.whole:
+    def _considered(self) -> tuple[Admission | None, str]:
+        """How the rule would run, and why a step would refuse, if it would."""
+        admission = self._admission
+        try:
+            if admission is None and any(map(self._store.has, self._params())):
+                admission = admit(self.inner)
+            if admission is not None and not admission.per_parameter:
+                self._check_whole(admission)
+                if not admission.calls_closure:
+                    self._fused.nobody(admission.reason)
+        except TypeError as error:
+            return admission, str(error)
+        return admission, ""
+
+    def _will_store(self, param: Tensor, whole: bool) -> Storage | Literal["frozen"]:
+        if not param.requires_grad and self._store.has(param):
+            if not self._store.known(self.state, param):
+                return "frozen"
+        storage = self._store.storage(param)
+        return "full" if whole and storage == "split" else storage
+
+    def _sources(self, whole: bool) -> Iterator[str]:
+        if whole:
             return
         for index in range(len(self.param_groups)):
-            found = self._fused.admission(index)
+            try:
+                found = self._fused.considered(index)
+            except (TypeError, ValueError):
+                continue  # `_how_fused` says why
             if found is not None and found.fusible:
                 yield f"param_groups[{index}] runs\n\n{self._fused.source(index)}"
 
-    def _how_fused(self, index: int) -> str:
+    def _how_fused(self, index: int, whole: bool) -> str:
         """The tier of a group's 16-bit parameters, and why it is no lower one."""
-        below = "tier 3" if self._store.whole or self._store.choice == "full" else "tier 2"
+        below = "tier 3" if whole or self._store.choice == "full" else "tier 2"
         if not any(map(self._store.has, self.param_groups[index]["params"])):
             below = "the rule itself"
-        if self._store.whole:
+        if whole:
             return f"not fused ({below}): the rule sees all masters at once"
-        found = self._fused.admission(index)
+        try:
+            found = self._fused.considered(index)
+        except (TypeError, ValueError) as error:
+            return f"refused by step(): {error}"
         if found is None:
             return f"not fused ({below}): {self._fused.why_not(index)}"
         if not found.fusible:
@@ -555,13 +668,61 @@ class MixedPrecision(SteppingOptimizer):
                     self.state[param] = checkpoint.widened(entry, param)
                     checkpoint.refill_adagrad(self.inner, group, self.state[param])
 
-    def _take_over(self) -> None:
-        """Become the one wrapper of these parameters."""
-        for param, name in names_of(self.param_groups):
-            owner = _owners[param]() if param in _owners else None
-            if owner is not None and owner is not self:
-                owner._superseded_by = name
-            _owners[param] = weakref.ref(self)
+    def _ready(self, *, with_loss: bool = False) -> None:
+        super()._ready(with_loss=with_loss)
+        if self._wide:
+            self._conclude_wide()
+
+    def _conclude_wide(self) -> None:
+        """Weights are loaded by now: masters become FP32 parameters, or are dropped, aloud."""
+        here = {id(param) for param in self._params()}
+        wide = [(param, master) for param, master in self._wide if id(param) in here]
+        others = loading.take_over_wide(wide, partly=True)
+        self._wide = []
+        if others:
+            more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+            self._warn(
+                "wide",
+                f"{self._name(others[0])}{more} {str(others[0].dtype).removeprefix('torch.')} here "
+                f"and has a master in the loaded checkpoint, of which it is no rounding to 16 "
+                f"bits; the weights won, the masters were dropped. To go on from the masters, load "
+                f"the FP32 weights that fp32_state_dict(model) of that run gives, with "
+                f"load_fp32_state_dict(model, ...).",
+            )
+
+    def _warn_of_edits(self) -> None:
+        fresh, self._fresh_masters = self._fresh_masters, False
+        if fresh and self._store.edited:
+            names = [self._name(param) for param in self._store.edited]
+            more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+            self._store.edited.clear()
+            self._warn(
+                "load",
+                f"{names[0]}{more} not the rounding of the masters that were loaded; the weights "
+                f"won where they differ. Are the model's weights of another moment than the "
+                f"optimizer's, or its parameters in another order? Without names they are paired "
+                f"by position: pass named_parameters() to the optimizer.",
+            )
+        super()._warn_of_edits()
+
+    def _refuse_in_model(self, call: str, why: str) -> None:
+        if self._in_model:
+            raise RuntimeError(
+                f"{call} inside masters_in_model(): the model holds FP32 masters there, which "
+                f"{why}. Leave the context first."
+            )
+
+    def _check_master_shapes(self) -> None:
+        """A parameter that was resized in place has left its master behind."""
+        for param in filter(self._store.has, self._params()):
+            stored = self.state.get(param, {}).get(MASTER, self._store.early.get(param))
+            if isinstance(stored, Tensor) and stored.shape != param.shape:
+                raise ValueError(
+                    f"{self._name(param)} is {list(param.shape)} and its master "
+                    f"{list(stored.shape)}: it was resized after the master was made. Give its "
+                    f"states the new shape, optimizer.state[param]['master'] like the others, or "
+                    f"delete them all: del optimizer.state[param]."
+                )
 
 
 def _formulas(inner: Optimizer) -> Iterator[str]:
@@ -593,6 +754,13 @@ def _check_inner(inner: object) -> None:
         raise TypeError(
             f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
             f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
+        )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__):
+        raise TypeError(
+            "inner is a ZeroRedundancyOptimizer, which steps an optimizer of its own over this "
+            "rank's parameters, where masters would not reach. The other order is right, bit by "
+            "bit: ZeroRedundancyOptimizer(params, optimizer_class=lambda params, **options: "
+            "mixprec.MixedPrecision(torch.optim.AdamW(params, **options)), lr=...)."
         )
     if not {"param_groups", "state", "_optimizer_step_pre_hooks"} <= vars(inner).keys():
         raise TypeError(

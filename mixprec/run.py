@@ -1,12 +1,12 @@
 """One call of the inner rule on the masters of a bucket of parameters.
 
-    take     masters leave the state, FP32 gradients are made
-    run      masters stand in for the parameters while the rule updates them
-    put      weights become the rounded masters, masters return to the state
+    take      masters are brought up to date, FP32 gradients are made
+    run       masters stand in for the parameters while the rule updates them
+    complete  weights become the rounded masters, masters return to the state
 
 Room for split masters and for the FP32 copies of 16-bit gradients comes from a scratch that the
-next bucket reuses; full masters are updated where they live. If the rule raises, weights keep their
-values.
+next bucket reuses; full masters are updated where they live. Weights and remainders are written
+only when the rule is through; what else a rule that stops half-way has changed is `undo`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from torch.optim import Optimizer
 from mixprec import masters
 from mixprec.gradients import local
 from mixprec.inner import Bucket, GroupValues, StandIns, copy_marks, rule_of
-from mixprec.masters import LOW, MasterStore, Scratch
+from mixprec.masters import LOW, MASTER, MasterStore, Scratch, nested
+from mixprec.undo import RuleUndo
 
 State = dict[Tensor, Any]
 
@@ -37,12 +38,23 @@ class _Item:
     stored: Tensor
     stand_in: Tensor
     split: bool
-    origin: Literal["state", "early", "new"]
-    """Where the master was before this run; a new one equals its weight."""
+    known: bool
+    """Whether the master was stored before."""
 
 
 class MasterRun:
-    """Context in which `inner` sees the masters of `bucket`'s parameters in their place."""
+    """Context in which `inner` sees the masters of `bucket`'s parameters in their place.
+
+    Args:
+        inner: the optimizer.
+        state: its state, by parameter.
+        store: the masters.
+        bucket: parameters by group index.
+        scratch: room for masters and gradients.
+        undo: what hears of the bucket before its first change and after its last.
+        shared: the state's keys that are no parameters, if known.
+        low_states: names of states that the rule itself keeps in 16 bits.
+    """
 
     def __init__(
         self,
@@ -51,16 +63,18 @@ class MasterRun:
         store: MasterStore,
         bucket: Bucket,
         scratch: Scratch,
+        undo: RuleUndo,
         shared: set[Any] | None = None,
+        low_states: frozenset[str] = frozenset(),
     ) -> None:
-        self._state, self._store, self._scratch = state, store, scratch
-        self._reserve(param for group in bucket.values() for param in group)
+        self.ruled = False
+        self._state, self._store, self._scratch, self._undo = state, store, scratch, undo
+        self._params = [param for group in bucket.values() for param in group]
+        self._reserve(self._params)
         self._items: list[_Item] = []
-        try:
-            pairs = {i: [(p, self._stand_in(p)) for p in group] for i, group in bucket.items()}
-        except BaseException:  # out of memory, most likely: no master may be lost to it
-            self._put_back(failed=True)
-            raise
+        for param in filter(store.has, self._params):
+            self._widen(param, low_states)
+        pairs = {i: [(p, self._stand_in(p)) for p in group] for i, group in bucket.items()}
         self._swap = StandIns(inner, pairs, shared)
 
     @torch.no_grad()
@@ -89,13 +103,22 @@ class MasterRun:
     def in_model(self) -> Generator[None]:
         """Inside a running rule: let user code see the model, with weights up to date."""
         self._swap.leave()
-        self._write(last=False)
+        self._write(spare=False)
         try:
             yield
         finally:
             self._swap.enter()
 
     def __enter__(self) -> MasterRun:
+        # A split master is in the scratch, and a new one nowhere else: both can be made again.
+        full = [item for item in self._items if not item.split]
+        kept = [item.stand_in for item in full if item.known]
+        own = [param for param in self._params if not self._store.has(param)]
+        self._undo.begin(self, self._params, [*kept, *own])
+        for item in self._items:
+            entry = self._state.get(item.param)
+            if entry is not None:
+                entry.pop(MASTER, None)
         self._swap.enter()
         return self
 
@@ -105,39 +128,52 @@ class MasterRun:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._swap.leave()
         if error is None:
-            self._write(last=True)
-        self._put_back(failed=error is not None)
+            self.ruled = True
+            self.complete()
+            self._undo.end()
 
-    def _put_back(self, *, failed: bool) -> None:
-        """Return every master to the state; after a failure, to where it was."""
+    def complete(self) -> None:
+        """Round all weights from the masters, which the rule has left. May be done twice."""
+        self._write(spare=True)
+        self._swap.leave()
         for item in self._items:
             item.stand_in.grad = None
-            if not failed or self._state.get(item.param) or item.origin == "state":
+            if self._state.get(item.param) or item.param.grad is not None:
                 self._store.put(self._state, item.param, item.stored)
-            elif item.origin == "early":
-                self._store.early[item.param] = masters.read(item.param, item.stored)
+            elif item.known:
+                # The rule had nothing to do, and made no state: it would take an entry for one.
+                self._store.early[item.param] = item.stored
 
     def _reserve(self, params: Iterable[Tensor]) -> None:
         rooms: dict[torch.device, int] = {}
-        splits = False
-        for param in params:
-            if self._store.has(param):
-                rooms[param.device] = rooms.get(param.device, 0) + Scratch.padded(param.numel())
-                splits = splits or self._store.storage(param) == "split"
+        splits: set[torch.device] = set()
+        for param in filter(self._store.has, params):
+            rooms[param.device] = rooms.get(param.device, 0) + Scratch.padded(param.numel())
+            if self._store.storage(param) == "split":
+                splits.add(param.device)
         for device, room in rooms.items():
             self._scratch.reserve(device, "grad", room)
-            if splits:
+            if device in splits:
                 self._scratch.reserve(device, "master", room)
+
+    def _widen(self, param: Tensor, low_states: frozenset[str]) -> None:
+        """Make states FP32 that somebody else has made like the 16-bit parameter.
+
+        The rule itself sees FP32 parameters, and what it keeps in 16 bits all the same it means to.
+        """
+        entry = self._state.get(param) or {}
+        for key, value in entry.items():
+            if key != MASTER and key not in low_states and _holds_dtype(value, param.dtype):
+                entry[key] = nested(value, lambda t: t.float() if t.dtype == param.dtype else t)
 
     def _stand_in(self, param: Tensor) -> Tensor:
         """The parameter's master as a parameter; the parameter itself if it needs none."""
         if not self._store.has(param):
             return param
-        origin = self._store.origin(self._state, param)
-        stored = self._store.take(self._state, param)
-        item = _Item(param, stored, stored, stored.dtype == torch.int16, origin)
+        stored = self._store.current(self._state, param)
+        known = self._store.known(self._state, param)
+        item = _Item(param, stored, stored, stored.dtype == torch.int16, known)
         self._items.append(item)
         master = stored
         if item.split and _is_sparse(param.grad):
@@ -150,14 +186,19 @@ class MasterRun:
         copy_marks(param, item.stand_in)
         return item.stand_in
 
-    def _write(self, *, last: bool) -> None:
-        """Round every stand-in into its parameter."""
+    def _write(self, *, spare: bool) -> None:
+        """Round every stand-in into its parameter; with the gradients' room to spare, in that."""
         weights: list[Tensor] = []
         full: list[Tensor] = []
+        self._scratch.rewind("grad" if spare else "")
         for item in self._items:
             master = item.stand_in.detach()
             if item.split:
-                masters.write(item.param, item.stored, master, spent=last)
+                room = self._scratch.take(item.param, "grad") if spare else None
+                if room is not None and room.stride() != master.stride():
+                    room = None  # the rule gave it new data
+                scratch = None if room is None else local(room).view(torch.int32)
+                masters.write(item.param, item.stored, master, scratch=scratch)
                 continue
             if item.stored.data_ptr() != master.data_ptr():  # the rule gave it new data
                 item.stored.copy_(master)
@@ -165,6 +206,12 @@ class MasterRun:
             full.append(local(item.stored))
         if weights:
             torch._foreach_copy_(weights, full)
+
+
+def _holds_dtype(value: Any, dtype: torch.dtype) -> bool:
+    found: list[bool] = []
+    nested(value, lambda t: found.append(t.dtype == dtype) or t)
+    return any(found)
 
 
 def _is_sparse(grad: Tensor | None) -> bool:
@@ -185,18 +232,27 @@ def make_state(
     to 0; groups and the optimizer's own counters are left as they were.
     """
     numbers = {k: v for k, v in vars(inner).items() if isinstance(v, (int, float))}
-    stored = {p: store.take(state, p) for _, p in chosen if store.has(p)}
+    stored = {p: store.current(state, p) for _, p in chosen if store.has(p)}
+    for param, master in stored.items():
+        store.early[param] = master  # where the rule does not see it, and nothing loses it
+        state.pop(param, None)
     pairs: dict[int, list[tuple[Tensor, Tensor]]] = {}
     for index, param in chosen:
         copy = nn.Parameter(param.detach().float() if store.has(param) else param.detach().clone())
         copy.grad = torch.zeros_like(copy)
         copy_marks(param, copy)
         pairs.setdefault(index, []).append((param, copy))
-    with GroupValues(inner.param_groups).undone(), StandIns(inner, pairs), torch.enable_grad():
-        for group in inner.param_groups:
-            group.update({key: 0.0 for key in ("lr", "weight_decay") if key in group})
-        rule_of(inner)(inner)
-    vars(inner).update(numbers)
+    try:
+        with GroupValues(inner.param_groups).undone(), StandIns(inner, pairs), torch.enable_grad():
+            for group in inner.param_groups:
+                group.update({key: 0.0 for key in ("lr", "weight_decay") if key in group})
+            rule_of(inner)(inner)
+    except BaseException:
+        for _, param in chosen:
+            state.pop(param, None)
+        raise
+    finally:
+        vars(inner).update(numbers)
     for _, param in chosen:
         entry = state[param]
         if "step" in entry:

@@ -14,25 +14,28 @@ A rule that evaluates its closure itself (LBFGS) goes through 2 to 4 at each eva
 
 from __future__ import annotations
 
-import inspect
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
-from mixprec.admission import Admission, accepts_sparse, admit
+from mixprec.admission import Admission, accepts_sparse, admit, counts_writes, quote
 from mixprec.arguments import check_weights
+from mixprec.devices import is_capturing
 from mixprec.fused.dispatch import NotFusible
 from mixprec.fused.judge import DeviceJudge
 from mixprec.fused.members import Members
 from mixprec.fused.plan import Prepared
 from mixprec.fused.step import FusedStep
-from mixprec.gradients import local, nonfinite_names, scale_
+from mixprec.grad_factor import complaint, on
+from mixprec.gradients import local, nonfinite_names, once, scale_
 from mixprec.inner import (
     Bucket,
     GroupValues,
@@ -41,36 +44,22 @@ from mixprec.inner import (
     shared_keys,
     takes_found_inf,
 )
-from mixprec.masters import LOW, MasterStore, Scratch
+from mixprec.masters import LOW, MASTER, MasterStore, Scratch
 from mixprec.names import names_of
+from mixprec.outcome import LossScaler, OnNonfinite, ReportingOptimizer
+from mixprec.owners import superseded_by_newer
 from mixprec.run import MasterRun
-from mixprec.verdict import SkipCounts, Verdict, judge, no_gradients, unjudged
+from mixprec.undo import BareRun, Leaving, RuleUndo, StepUndo
+from mixprec.verdict import Verdict, judge, no_gradients, unjudged
 
-OnNonfinite = Literal["skip", "raise", "ignore"]
-
-MAX_SKIPS_IN_A_ROW = 50
-"""Skips in a row after which a step raises when no loss scaler decides."""
-
-
-class LossScaler(Protocol):
-    """What a step needs of `DynamicLossScaler` and `StaticLossScaler`."""
-
-    losses_scaled: int
-
-    @property
-    def inverse(self) -> Tensor: ...
-    @property
-    def max_skips_in_a_row(self) -> int: ...
-    def get_scale(self) -> float: ...
-    def update(self, grads_finite: Tensor | bool, *, counted: Tensor | bool = True) -> None: ...
-    def check_progress(self, named_grads: Iterable[tuple[str, Tensor | None]] = ()) -> None: ...
+_Result = TypeVar("_Result")
 
 
 class _Skipped(Exception):
     """Leaves a rule whose closure gave nothing to step with."""
 
 
-class SteppingOptimizer(Optimizer):
+class SteppingOptimizer(ReportingOptimizer):
     """The part of MixedPrecision that steps. Holds what a step needs and counts what happened."""
 
     def __init__(
@@ -83,47 +72,122 @@ class SteppingOptimizer(Optimizer):
         bucket_numel: int | Literal["auto"] | None,
         fused: FusedStep,
     ) -> None:
-        super().__init__([{"params": []}], {})  # the groups will be the inner optimizer's own
+        super().__init__(loss_scaler, on_nonfinite, fused)
         self.inner = inner
-        self.loss_scaler = loss_scaler
         self.max_grad_norm = max_grad_norm
-        self.on_nonfinite: OnNonfinite = on_nonfinite
         self._store = store
-        self._fused = fused
         self._device_judge = DeviceJudge()
         self._bucket_numel: int | Literal["auto"] | None = bucket_numel
         self._admissions: dict[bool, Admission] = {}
         self._admission: Admission | None = None
         self._takes_sparse: bool | None = None
         self._checked = False
-        self._dtypes: dict[Tensor, torch.dtype] = {}
+        self._dtypes: Any = WeakIdKeyDictionary()
         self._in_model = False
-        self._superseded_by = ""
-        self._warned: set[str] = set()
-        self._losses_seen = loss_scaler.losses_scaled if loss_scaler is not None else 0
-        self._verdict = no_gradients()
-        self._steps = 0
-        self._skips = SkipCounts()
+        self._undo: StepUndo | Leaving | None = None
+        """What the step at hand changes; of one that was stopped until somebody settles it."""
+        self._broken = ""
+        """What an unfinished step has left half done."""
+        self._scaled_grads: list[weakref.ref[Tensor]] = []
+        """FP32 gradients that a step at hand, or one that was stopped, has scaled in place."""
 
     @torch._disable_dynamo
     def _step(
         self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
     ) -> float | None:
-        self._ready(with_loss=closure is not None)
+        self._settle()
+        self._check_finished("step()")
+        self._undoable(lambda: self._ready(with_loss=closure is not None))
         vars(self.inner)["_opt_called"] = True  # read by schedulers that are attached to it
         if self._rule_evaluates(closure):
-            return self._step_by_closure(closure, grad_factor)
-        loss = None if closure is None else self._evaluate(closure)
-        members, rest = self._share_out(with_loss=closure is not None)
-        others = [p.grad for p in chain(*rest) if p.grad is not None]
+            loss, verdict = self._undoable(lambda: self._step_by_closure(closure, grad_factor))
+        else:
+            loss = None if closure is None else self._evaluate(closure)
+            with_loss = closure is not None
+            verdict = self._undoable(
+                lambda: self._step_once(loss, grad_factor, with_loss=with_loss)
+            )
+        if verdict is not None:
+            self._report(verdict)
+        return loss
+
+    def _step_once(
+        self, loss: float | None, grad_factor: Tensor | float | None, *, with_loss: bool
+    ) -> Verdict | None:
+        """A step on the gradients that are there; nothing comes of one that is captured."""
+        members, rest = self._share_out(with_loss=with_loss)
+        others = once(p.grad for p in chain(*rest) if p.grad is not None)
+        self._check_unscaled(chain(members.grads, others))
         on_device = self._skips_on_device(members, rest)
         kind = None if others else members.kind
         verdict = self._judge(members.grads + others, grad_factor, on_device=on_device, kind=kind)
         if verdict.go:
-            verdict = self._update(verdict, [] if loss is None else [lambda: loss], members, rest)
-        if not members.capturing:
-            self._conclude(verdict)
-        return loss
+            arguments: list[Callable[[], float]] = [] if loss is None else [lambda: loss]
+            verdict = self._update(verdict, arguments, members, rest)
+        self._record.verdict = verdict
+        self._record.skips = not verdict.go
+        if members.capturing:
+            return None
+        self._conclude(verdict)
+        self._scaled_grads = []
+        return verdict
+
+    @property
+    def _record(self) -> StepUndo:
+        assert isinstance(self._undo, StepUndo), "_undoable() makes it"
+        return self._undo
+
+    # ---------------------------------------- all or nothing
+
+    def _undoable(self, call: Callable[[], _Result]) -> _Result:
+        """`call`, with what it changes taken back if anything stops it."""
+        self._undo = StepUndo(self)
+        try:
+            result = call()
+            self._undo = None
+            return result
+        except BaseException as error:
+            if self._undo is not None:
+                self._undo.error = quote(error)
+            self._settle_undo()
+            raise
+
+    def _settle(self) -> None:
+        """Before anything else: the end of what was stopped, and of what the device has skipped."""
+        self._settle_undo()
+        self._fused.settle()
+
+    def _settle_undo(self) -> None:
+        """Take back what a stopped step has changed, or bring it to its end."""
+        undo = self._undo
+        if undo is None:
+            return
+        broken = undo.settle()
+        if undo.moved and undo.verdict is not None:
+            self._conclude(undo.verdict)
+            self._scaled_grads = []
+        self._broken = broken or self._broken
+        self._undo = None
+
+    def _check_finished(self, call: str) -> None:
+        """Refuse to go on from weights, masters and states of two steps."""
+        if self._broken:
+            raise RuntimeError(
+                f"{call} after an unfinished step: {self._broken} Weights, masters and states "
+                f"may be of two steps. Load a checkpoint of the model and of this optimizer; or "
+                f"call adopt_params() to go on from what is there."
+            )
+
+    def _check_unscaled(self, grads: Iterable[Tensor]) -> None:
+        """Refuse gradients that a step has scaled in place before it was stopped."""
+        scaled = {id(grad) for grad in (ref() for ref in self._scaled_grads) if grad is not None}
+        if scaled and any(id(grad) in scaled for grad in grads):
+            raise RuntimeError(
+                "step() on gradients that an unfinished step has scaled in place: they would be "
+                "unscaled and clipped twice. Call optimizer.zero_grad() and run the backward pass "
+                "again."
+            )
+        self._scaled_grads = []
 
     def _share_out(self, *, with_loss: bool) -> tuple[Members, list[list[Tensor]]]:
         """What steps by programs, and for each group what is left to the rule itself."""
@@ -138,9 +202,9 @@ class SteppingOptimizer(Optimizer):
 
     def _ready(self, *, with_loss: bool = False) -> None:
         """Before the first step: one look at the weights and at the rule."""
-        if self._superseded_by:
+        if taken := superseded_by_newer(self):
             raise RuntimeError(
-                f"parameter {self._superseded_by!r} was given to a MixedPrecision created later; "
+                f"parameter {taken!r} was given to a MixedPrecision created later; "
                 f"two wrappers would hold two masters of one weight. Step only the newest, or "
                 f"wrap separate parameters."
             )
@@ -150,10 +214,7 @@ class SteppingOptimizer(Optimizer):
                 "step would round to FP32. Leave the context first."
             )
         self.inner.param_groups, self.inner.state = self.param_groups, self.state
-        self._fused.settle()
-        if self._fused.skipped:
-            self._fused.skipped = False
-            self._report_late()
+        self._hear()
         if not self._checked:
             check_weights(self.param_groups)
             self._checked = True
@@ -161,13 +222,16 @@ class SteppingOptimizer(Optimizer):
             self._admissions[with_loss] = admit(self.inner, with_loss=with_loss)
         self._admission = self._admissions.get(with_loss)
         if self._admission is not None and not self._admission.per_parameter:
-            if self._store.choice == "split":
-                raise TypeError(
-                    f"masters='split' keeps no FP32 masters to show {type(self.inner).__name__} "
-                    f"all at once, and it has to see all tensors together "
-                    f"({self._admission.reason}). Use masters='full'."
-                )
+            self._check_whole(self._admission)
             self._store.whole = True
+
+    def _check_whole(self, admission: Admission) -> None:
+        if self._store.choice == "split":
+            raise TypeError(
+                f"masters='split' keeps no FP32 masters to show {type(self.inner).__name__} all at "
+                f"once, and it has to see all tensors together ({admission.reason}). Use "
+                f"masters='full'."
+            )
 
     # ---------------------------------------- what the gradients are worth
 
@@ -185,9 +249,9 @@ class SteppingOptimizer(Optimizer):
         factor, counted = self._unscale_factor(grad_factor, local(grads[0]).device)
         external = getattr(self, "found_inf", None)
         if self.on_nonfinite == "ignore" and self.max_grad_norm is None and external is None:
-            return unjudged(factor, counted, on_device=on_device)
+            return self._entered(unjudged(factor, counted, on_device=on_device), grads)
         if on_device and self._device_judge.takes(grads, kind):
-            return self._device_judge(
+            verdict = self._device_judge(
                 grads,
                 factor,
                 counted=counted if isinstance(counted, Tensor) else None,
@@ -195,14 +259,28 @@ class SteppingOptimizer(Optimizer):
                 max_grad_norm=self.max_grad_norm,
                 counts=self._skips,
             )
-        return judge(
-            grads,
-            factor,
-            counted=counted,
-            external_found_inf=external,
-            max_grad_norm=self.max_grad_norm,
-            on_device=on_device,
-        )
+        else:
+            verdict = judge(
+                grads,
+                factor,
+                counted=counted,
+                external_found_inf=external,
+                max_grad_norm=self.max_grad_norm,
+                on_device=on_device,
+            )
+        if verdict.parts is None:
+            self._culprits.forget()
+        else:
+            self._culprits.note(grads, kind, self._params(), *verdict.parts)
+        return self._entered(verdict, grads)
+
+    def _entered(self, verdict: Verdict, grads: list[Tensor]) -> Verdict:
+        """The verdict; in a capture its counting goes into the graph too."""
+        if is_capturing(local(grads[0]).device):
+            if verdict.found_inf is not None and not verdict.recorded:
+                self._count(verdict)
+            self._captured = verdict
+        return verdict
 
     def _unscale_factor(
         self, grad_factor: Tensor | float | None, device: torch.device
@@ -210,14 +288,11 @@ class SteppingOptimizer(Optimizer):
         """`grad_factor / loss_scale`, and whether anything was counted."""
         factor: Tensor | None = None
         counted: Tensor | bool = True
-        if isinstance(grad_factor, Tensor):
-            factor = grad_factor.to(device, non_blocking=True)
-            counted = factor != 0
-        elif grad_factor is not None:
-            counted = grad_factor != 0
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            factor = torch.full((), grad_factor, dtype=wide, device=device)  # a fill, not a copy
+        if grad_factor is not None:
+            factor = on(device, grad_factor)
+            counted = (factor if isinstance(grad_factor, Tensor) else grad_factor) != 0
         inverse = self._inverse_scale()
+        self._factors = grad_factor, inverse
         if inverse is not None:
             factor = inverse if factor is None else factor * inverse.to(factor.device)
         return factor, counted
@@ -232,8 +307,8 @@ class SteppingOptimizer(Optimizer):
                 "own: gradients would be unscaled twice. Drop one of the two."
             )
         if self.loss_scaler.losses_scaled == self._losses_seen:
-            if all(float(group.get("lr", 1.0)) == 0.0 for group in self.param_groups):
-                return None  # it initialises state, as distributed checkpoints do, and no more
+            if self._only_makes_state():
+                return None
             raise RuntimeError(
                 f"a loss scaler is set, but no loss was scaled since the last step: gradients "
                 f"would be divided by {self.loss_scaler.get_scale()} that never were multiplied. "
@@ -266,64 +341,10 @@ class SteppingOptimizer(Optimizer):
             raise RuntimeError(
                 "a loss scaler is set, but the closure differentiated a loss that it did not "
                 "scale. In the closure call optimizer.loss_scaler.multiply(loss).backward(), "
-                "then return the loss itself."
+                "then return the loss itself. Where a trainer made the closure and calls "
+                "backward(), return the scaled loss from your training step."
             )
         return loss
-
-    def _conclude(self, verdict: Verdict) -> None:
-        """Counters, the loss scaler, and an error where progress has stopped."""
-        self._verdict = verdict
-        self._steps += 1
-        scaler = self.loss_scaler
-        if scaler is not None and scaler.losses_scaled != self._losses_seen:
-            scaler.update(verdict.finite, counted=verdict.counted)
-            self._losses_seen = scaler.losses_scaled
-        if verdict.recorded and verdict.found_inf is not None:
-            return  # the host hears of it before the next step, in `_report_late`
-        overflowed = verdict.overflowed
-        if not verdict.recorded:
-            self._skips.add(overflowed)
-        # Where only the device knows, the host asks once in a while.
-        limit = MAX_SKIPS_IN_A_ROW if scaler is None else scaler.max_skips_in_a_row
-        ask = not isinstance(overflowed, Tensor) or self._steps % limit == 0
-        external = hasattr(self, "found_inf")  # a GradScaler skips as a matter of course
-        if ask and overflowed and not external:
-            self._report_skip()
-
-    def _report_late(self) -> None:
-        """The device skipped the last step, whose gradients are gone by now."""
-        skips, scaler = self._fused.skips_in_a_row, self.loss_scaler
-        if hasattr(self, "found_inf"):
-            return  # a GradScaler skips as a matter of course
-        if scaler is not None:
-            if skips >= scaler.max_skips_in_a_row:
-                scaler.check_progress()
-        elif "skip" not in self._warned or skips >= MAX_SKIPS_IN_A_ROW:
-            if self._skips.in_a_row:  # else nothing was counted in it
-                self._report_skip(late=True)
-
-    def _report_skip(self, *, late: bool = False) -> None:
-        names = [] if late else nonfinite_names(self._named_grads())
-        where = f"in {', '.join(map(repr, names))}" if names else "in their norm"
-        if self.on_nonfinite == "raise":
-            raise FloatingPointError(
-                f"gradients are not finite {where}; nothing was updated. Look there first, or pass "
-                f"on_nonfinite='skip' to go on without this step."
-            )
-        if self.loss_scaler is not None:
-            self.loss_scaler.check_progress(self._named_grads())
-            return
-        if self._skips.in_a_row >= MAX_SKIPS_IN_A_ROW:
-            raise FloatingPointError(
-                f"{self._skips.in_a_row} steps in a row were skipped: gradients are not "
-                f"finite {where}. Without a loss scale the cause is the forward pass or the data: "
-                f"look there, or lower the learning rate."
-            )
-        self._warn(
-            "skip",
-            f"gradients are not finite {where}; the step was skipped and nothing changed. Further "
-            f"skips are counted in metrics()['skipped_steps'].",
-        )
 
     # ---------------------------------------- running the rule
 
@@ -336,6 +357,7 @@ class SteppingOptimizer(Optimizer):
     ) -> Verdict:
         """Step everybody once. Returns the verdict, which the host may have had to read."""
         inner: Any = self.inner
+        undo = self._record
         asked = members
         prepared, members, rest = self._prepare(members, rest, with_loss=bool(arguments))
         if members is not asked and not self._skips_on_device(members, rest):
@@ -348,19 +370,31 @@ class SteppingOptimizer(Optimizer):
         groups = {i: params for i, params in enumerate(rest) if params or i not in here}
         if self._in_buckets:
             groups = {i: [p for p in g if p.grad is not None] for i, g in groups.items()}
+        undo.verdict, undo.fuses = verdict, prepared is not None
+        if prepared is not None:
+            self._fused.make_ready(prepared, verdict.factor, verdict.found_inf)
         if groups:
             self._fused.release(chain(*rest))
+            undo.rule = self._rule_undo(sum(map(len, groups.values())))
             if verdict.found_inf is not None:
                 inner.grad_scale, inner.found_inf = None, verdict.found_inf
-            try:
-                self._run_rule(lambda: rule_of(inner)(inner, *arguments), verdict.factor, groups)
-            finally:
-                if verdict.found_inf is not None:
-                    del inner.grad_scale, inner.found_inf
+            self._run_rule(
+                lambda: rule_of(inner)(inner, *arguments), verdict.factor, groups, undo.rule
+            )
+            if verdict.found_inf is not None:
+                del inner.grad_scale, inner.found_inf
         if prepared is not None:
-            self._fused.run(prepared, verdict.factor, verdict.found_inf, groups)
-        self._warn_of_edits()
+            self._fused.run(prepared, verdict.found_inf, groups)
         return verdict
+
+    def _rule_undo(self, total: int) -> RuleUndo:
+        devices = {param.device for param in self._params()}
+        admission = self._admission
+        if admission is not None:
+            counted = lambda: admission.counted  # noqa: E731
+        else:
+            counted = lambda: counts_writes(self.inner)  # noqa: E731
+        return RuleUndo(self.inner, devices, counted=counted, total=total)
 
     def _prepare(
         self, members: Members, rest: list[list[Tensor]], *, with_loss: bool
@@ -371,7 +405,8 @@ class SteppingOptimizer(Optimizer):
         """
         while members.params:
             try:
-                return self._fused.prepare(members, self._check_params), members, rest
+                pending = self._record.pending
+                return self._fused.prepare(members, self._check_params, pending), members, rest
             except NotFusible:
                 members, rest = self._share_out(with_loss=with_loss)
         return None, members, rest
@@ -392,22 +427,30 @@ class SteppingOptimizer(Optimizer):
             )
 
     def _run_rule(
-        self, call: Callable[[], Any], factor: Tensor | None, groups: dict[int, list[Tensor]]
+        self,
+        call: Callable[[], Any],
+        factor: Tensor | None,
+        groups: dict[int, list[Tensor]],
+        undo: RuleUndo,
     ) -> None:
         """`call` the rule with masters and gradients in place, once for each bucket of `groups`."""
         self._check_params(chain(*groups.values()))
-        self._scale_fp32_grads(factor, chain(*groups.values()))
         everybody = [len(groups.get(i, ())) for i in range(len(self.param_groups))]
         if self._admission is None and everybody == [len(g["params"]) for g in self.param_groups]:
-            with torch.enable_grad():
+            with BareRun(self._params(), undo), torch.enable_grad():
+                self._scale_fp32_grads(factor, chain(*groups.values()))
                 call()
             return
         buckets = self._buckets(groups)
         scratch = Scratch(self._largest_rooms(buckets))
         shared = shared_keys(self.inner)
+        low_states = self._admission.low_states if self._admission else frozenset[str]()
         values = GroupValues(self.param_groups) if len(buckets) > 1 else None
+        self._scale_fp32_grads(factor, chain(*groups.values()))
         for bucket in buckets:
-            run = MasterRun(self.inner, self.state, self._store, bucket, scratch, shared)
+            run = MasterRun(
+                self.inner, self.state, self._store, bucket, scratch, undo, shared, low_states
+            )
             with run, values.bucket(bucket) if values else nullcontext(), torch.enable_grad():
                 run.take_grads(factor)
                 call()
@@ -447,9 +490,11 @@ class SteppingOptimizer(Optimizer):
         return 2**20 if device == "cpu" else 2**22
 
     def _scale_fp32_grads(self, factor: Tensor | None, params: Iterable[Tensor]) -> None:
-        if factor is not None:
-            grads = [p.grad for p in params if p.grad is not None]
-            scale_((g for g in grads if g.dtype not in LOW), factor)
+        if factor is None:
+            return
+        grads = once(p.grad for p in params if p.grad is not None and p.grad.dtype not in LOW)
+        self._scaled_grads += map(weakref.ref, grads)
+        scale_(grads, factor)
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
         """What may have changed about these parameters since the last step."""
@@ -460,6 +505,7 @@ class SteppingOptimizer(Optimizer):
                     f"is {p.dtype} now; nothing was updated. Convert the model before it is given "
                     f"to an optimizer, or build the optimizer anew."
                 )
+            self._check_master_shape(p)
             if p.grad is not None and p.grad.layout != torch.strided and self._store.has(p):
                 if self._takes_sparse is None:
                     self._takes_sparse = accepts_sparse(self.inner)
@@ -471,22 +517,43 @@ class SteppingOptimizer(Optimizer):
                         f"sparse=False."
                     )
 
+    def _check_master_shape(self, param: Tensor) -> None:
+        stored = self.state.get(param, {}).get(MASTER) if self._store.has(param) else None
+        if isinstance(stored, Tensor) and stored.shape != param.shape:
+            raise RuntimeError(
+                f"{self._name(param)} is {list(param.shape)} and its master {list(stored.shape)}: "
+                f"it was resized or replaced, and its state was not. Cut or extend every tensor of "
+                f"optimizer.state[param] in the same way, {MASTER!r} included, or delete the entry."
+            )
+
     # ---------------------------------------- rules that evaluate closures
 
     def _step_by_closure(
         self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
-    ) -> float | None:
+    ) -> tuple[float, Verdict]:
         """A step of a rule that calls the closure itself, perhaps several times (LBFGS)."""
         if closure is None:
             raise TypeError(
                 f"{type(self.inner).__name__} evaluates the loss itself: pass a closure that "
                 f"clears gradients, computes the loss, calls backward and returns the loss."
             )
+        undo = self._record
         run: MasterRun | None = None
         early = self._early_verdict(grad_factor)
+        undo.rule = self._rule_undo(sum(1 for _ in self._params()))
         if self._admission is not None:
             everything = dict(enumerate(g["params"] for g in self.param_groups))
-            run = MasterRun(self.inner, self.state, self._store, everything, Scratch())
+            low_states = self._admission.low_states
+            run = MasterRun(
+                self.inner,
+                self.state,
+                self._store,
+                everything,
+                Scratch(),
+                undo.rule,
+                None,
+                low_states,
+            )
         verdicts: list[Verdict] = []
         losses: list[float] = []
 
@@ -501,15 +568,19 @@ class SteppingOptimizer(Optimizer):
             return losses[-1]
 
         try:
-            with run or nullcontext(), torch.enable_grad():
-                if run and early:
+            with run or BareRun(self._params(), undo.rule), torch.enable_grad():
+                if run and early and early.go:
                     run.take_grads(early.factor)
                 loss = rule_of(self.inner)(self.inner, evaluate)
         except _Skipped:
+            undo.rule.settle()
             loss = losses[0]
-        self._warn_of_edits()
-        self._conclude(verdicts[-1] if verdicts else no_gradients())
-        return loss
+        # Where such a rule has converged, gradients are 0, and nothing is wrong.
+        verdict = replace(verdicts[-1], zero=False) if verdicts else no_gradients()
+        undo.verdict, undo.skips = verdict, not verdict.go
+        self._conclude(verdict)
+        self._scaled_grads = []
+        return loss, verdict
 
     def _early_verdict(self, grad_factor: Tensor | float | None) -> Verdict | None:
         """On gradients from before the closure's first call, which some rules (SAM) begin with."""
@@ -525,53 +596,32 @@ class SteppingOptimizer(Optimizer):
             return
         if len(verdicts) == 1:
             raise _Skipped
+        if not verdicts[-1].usable:
+            found = complaint(*self._factors)
+        else:
+            names = ", ".join(nonfinite_names(self._named_grads()))
+            found = f"it gave non-finite gradients in {names or 'their norm'}"
         raise FloatingPointError(
             f"evaluation {len(verdicts)} of the closure in one step of "
-            f"{type(self.inner).__name__} gave non-finite gradients in "
-            f"{', '.join(nonfinite_names(self._named_grads()))}. The rule has moved already, so "
-            f"the step cannot be skipped. Lower lr or the loss scale."
+            f"{type(self.inner).__name__}: {found}. The rule has moved already, so the step "
+            f"cannot be skipped. Lower lr or the loss scale."
         )
 
     # ---------------------------------------- small things
-
-    def _params(self) -> Iterator[Tensor]:
-        return (param for group in self.param_groups for param in group["params"])
-
-    def _grads(self) -> list[Tensor]:
-        return [p.grad for p in self._params() if p.grad is not None]
-
-    def _named_grads(self) -> list[tuple[str, Tensor]]:
-        named = names_of(self.param_groups)
-        return [(name, param.grad) for param, name in named if param.grad is not None]
 
     def _name(self, param: Tensor) -> str:
         return next(name for other, name in names_of(self.param_groups) if other is param)
 
     def _warn_of_edits(self) -> None:
-        if self._store.edited:
-            names = [self._name(param) for param in self._store.edited]
+        """Tell of weights that somebody else has written, before anything is updated."""
+        edited = list(self._store.edited)
+        if edited:
+            names = [self._name(param) for param in edited]
             more = f" and {len(names) - 1} more were" if len(names) > 1 else " was"
+            self._store.edited.clear()
             self._warn(
                 "edit",
                 f"{names[0]}{more} written outside of step() since the last one; masters were read "
                 f"again where they differ, and kept their FP32 bits elsewhere. Call adopt_params() "
                 f"after an intended edit.",
             )
-            self._store.edited.clear()
-
-    def _warn(self, cause: str, message: str) -> None:
-        """Warn once for each cause, at the line that called step."""
-        if cause not in self._warned:
-            self._warned.add(cause)
-            warnings.warn(message, RuntimeWarning, stacklevel=_user_level())
-
-
-def _user_level() -> int:
-    """`stacklevel` of the first frame outside of this package and of torch."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.split(".")[0] not in ("mixprec", "torch", "contextlib"):
-            break
-        frame, level = frame.f_back, level + 1
-    return level

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 import mixprec
 from mixprec.fused.groups import FusedGroups
 from mixprec.fused.members import Members
+from mixprec.fused.pending import Pending
 from mixprec.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (3, 4, 5), (7,), (6, 2), (5,)]
@@ -105,9 +106,9 @@ def test_what_stays_fused_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> No
     plans: list[int] = []
     make = optimizer._fused._planned
 
-    def counted(members: Members) -> Any:
+    def counted(members: Members, pending: Pending) -> Any:
         plans.append(len(members.params))
-        return make(members)
+        return make(members, pending)
 
     monkeypatch.setattr(optimizer._fused, "_planned", counted)
     for step in range(1, 5):
@@ -130,14 +131,14 @@ def test_a_verdict_of_the_device_is_read_for_a_rule_that_would_not_obey_it(
     for optimizer in (ours, plain):
         take_step(optimizer, 0)
         mix(optimizer, mixed)
-    before = frozen([ours.state_dict(), [p.detach() for p in ours._params()]])
+    before = frozen([ours.state_dict()["state"], [p.detach() for p in ours._params()]])
     with monkeypatch.context() as patch:
         judge_on_device(ours, patch)
         for optimizer in (ours, plain):
             with told_of_a_skip() if overflow and not scaled else nullcontext():
                 take_step(optimizer, 1, overflow=overflow)
     if overflow:
-        after = frozen([ours.state_dict(), [p.detach() for p in ours._params()]])
+        after = frozen([ours.state_dict()["state"], [p.detach() for p in ours._params()]])
         assert difference(before, after) == ""
     assert ours.grads_finite != overflow
     assert ours.metrics() == plain.metrics()
@@ -160,7 +161,7 @@ def judge_on_device(optimizer: mixprec.MixedPrecision, patch: pytest.MonkeyPatch
 
     def on_device(*args: Any, **kwargs: Any) -> Verdict:
         verdict = judged(*args, **{**kwargs, "on_device": True})
-        optimizer._skips.add(verdict.overflowed)  # as the kernel does
+        optimizer._skips.add(verdict.overflowed, verdict.held)  # as the kernel does
         return replace(verdict, recorded=True)
 
     patch.setattr(optimizer, "_judge", on_device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -106,8 +107,10 @@ def test_master_set_before_any_state_waits_outside_of_it() -> None:
     store.set(state, weight, torch.tensor([1.0001, 2.0]))
     assert not state
     assert store.master(state, weight).tolist() == torch.tensor([1.0001, 2.0]).tolist()
-    stored = store.take(state, weight)
-    assert stored.dtype == torch.int16 and not store.early
+    stored = store.current(state, weight)
+    assert stored.dtype == torch.int16
+    store.put(defaultdict(dict, state), weight, stored)
+    assert not len(store.early)
     assert read(weight, stored).tolist() == torch.tensor([1.0001, 2.0]).tolist()
 
 
@@ -120,11 +123,11 @@ def test_change_of_storage_between_steps_keeps_the_master() -> None:
     write(weight, stored, master)
     store.put(state, weight, stored)
     store.whole = True
-    stored = store.take(state, weight)
+    stored = store.current(state, weight)
     assert torch.equal(stored, master)
     store.put(state, weight, stored)
     store.whole = False
-    assert torch.equal(read(weight, store.take(state, weight)), master)
+    assert torch.equal(read(weight, store.current(state, weight)), master)
 
 
 def test_nested_reaches_every_tensor() -> None:

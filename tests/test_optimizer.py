@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -524,6 +525,13 @@ def test_closure_runs_once_with_the_models_parameters_in_place() -> None:
     assert optimizer.state[params[0]]["step"] == 1
 
 
+def test_closure_that_a_trainer_made_is_told_of_too() -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = mixprec.MixedPrecision(SGD([weight], lr=1.0), loss_scaler=scaled())
+    with pytest.raises(RuntimeError, match=r"Where a trainer made the closure .* training step"):
+        optimizer.step(lambda: 1.0)
+
+
 def test_closure_that_does_not_scale_is_an_error() -> None:
     params = parameters(torch.float16)
     optimizer = mixprec.MixedPrecision(AdamW(params), loss_scaler=mixprec.DynamicLossScaler())
@@ -822,14 +830,30 @@ def test_split_masters_follow_edits_and_a_pruned_weight_is_exactly_zero() -> Non
     assert_same(after[130:], before[130:])
 
 
-def test_adopt_params_starts_masters_from_exactly_the_weights() -> None:
+def test_adopt_params_reads_full_masters_again_where_weights_were_written_and_no_others() -> None:
     for dtype, masters in STORAGES:
+        if masters == "split" or dtype == torch.float32:
+            continue
         optimizer, params = wrapped(dtype, masters=masters)
         train(optimizer, params, range(3))
+        before = masters_of(optimizer)
         for p in params:
-            p.data.mul_(0.5)
+            p.data.view(-1)[0] = 0.5
         optimizer.adopt_params()
-        assert_same(masters_of(optimizer), [p.detach().float() for p in params])
+        for p, master, old in zip(params, masters_of(optimizer), before, strict=True):
+            assert master.view(-1)[0] == 0.5 and p.view(-1)[0] == 0.5
+            assert torch.equal(master.view(-1)[1:], old.view(-1)[1:])
+
+
+@pytest.mark.parametrize("masters", ["full", "split"])
+def test_adopt_params_at_every_step_loses_no_update(masters: Any) -> None:
+    weight = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+    optimizer = mixprec.MixedPrecision(SGD([weight], lr=2.0**-12), masters=masters)
+    for _ in range(1024):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        optimizer.adopt_params([weight])
+    assert weight == 0.75
 
 
 def test_weight_averaging_swap_loses_no_bits() -> None:
@@ -1106,6 +1130,47 @@ def test_overlapping_parameters_are_refused() -> None:
     mixprec.MixedPrecision(SGD(list(halves), lr=0.1))
 
 
+def test_parameters_of_lazy_modules_are_refused_until_they_are_made() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, that lazy modules are new
+        lazy = nn.Sequential(nn.LazyLinear(2))
+    for params, name in (
+        (lazy.parameters(), r"param_groups\[0\]\['params'\]\[0\]"),
+        (lazy.named_parameters(), r"0\.weight"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not initialised.*Run one batch"):
+            mixprec.MixedPrecision(SGD(params, lr=1.0))
+    optimizer = mixprec.MixedPrecision(SGD([nn.Parameter(torch.ones(2))], lr=1.0))
+    with pytest.raises(ValueError, match="is not initialised"):
+        optimizer.add_param_group({"params": list(lazy.parameters())})
+    assert len(optimizer.param_groups) == 1
+    lazy(torch.ones(1, 3))
+    mixprec.MixedPrecision(SGD(lazy.parameters(), lr=1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_without_elements_can_be_clipped(dtype: torch.dtype) -> None:
+    """As a rank of many may hold nothing of a model."""
+    params = [nn.Parameter(torch.ones(0, 3, dtype=dtype)), nn.Parameter(torch.ones(0, dtype=dtype))]
+    optimizer = mixprec.MixedPrecision(AdamW(params), max_grad_norm=1.0)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert optimizer.grads_finite and optimizer.metrics()["grad_norm"] == 0.0
+    assert optimizer.metrics()["steps"] == 2
+
+
+def test_a_rate_of_none_is_no_number_to_look_at() -> None:
+    """Some rules take their rate from elsewhere."""
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = mixprec.MixedPrecision(SGD([weight], lr=1.0), loss_scaler=scaled())
+    optimizer.param_groups[0]["lr"] = None
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(RuntimeError, match="no loss was scaled since the last step"):
+        optimizer.step()
+
+
 def test_nan_in_weights_is_refused_before_the_first_step() -> None:
     weight = nn.Parameter(torch.tensor([1.0, float("nan")], dtype=torch.bfloat16))
     optimizer = mixprec.MixedPrecision(SGD([("emb.weight", weight)], lr=0.1))
@@ -1187,6 +1252,7 @@ def test_metrics_are_floats() -> None:
         "steps": 1.0,
         "skipped_steps": 0.0,
         "skips_in_a_row": 0.0,
+        "empty_steps": 0.0,
         "loss_scale": 4.0,
     }
     assert all(type(value) is float for value in optimizer.metrics().values())
@@ -1195,7 +1261,8 @@ def test_metrics_are_floats() -> None:
 def test_step_without_any_gradient_does_nothing() -> None:
     optimizer, params = wrapped()
     before = [p.detach().clone() for p in params]
-    optimizer.step()
+    with pytest.warns(RuntimeWarning, match="none of the optimizer's 5 parameters has a gradient"):
+        optimizer.step()
     assert_same([p.detach() for p in params], before)
     assert not optimizer.state
 

@@ -191,7 +191,7 @@ WAYS: dict[str, tuple[Callable[[], Step], float]] = {
     "ours, BF16 states, unguarded": (ours(adamw, state_formats="bf16", **UNGUARDED), 18),
     "ours, 8-bit states, unguarded": (ours(adamw, state_formats="8bit", **UNGUARDED), 14.25),
     "ours, 8-bit states": (ours(adamw, state_formats="8bit"), 16.25),
-    "ours, full masters, unguarded": (ours(adamw, masters="full", **UNGUARDED), 28),
+    "ours, full masters, unguarded": (ours(adamw, masters="full", **UNGUARDED), 30),
     "ours, bucket by bucket": (ours(adamw, fused=False), 26),
     "torch fused, FP32 parameters": (bare(torch.float32), 28),
     "torch fused, BF16, no masters": (bare(torch.bfloat16), 14),

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixprec.fused.program import Program
 from mixprec.fused.record import Element, Probe, RuleState
+from mixprec.fused.signs import Levels, classes, stay_non_negative
 from mixprec.inner import map_leaves, same
 from mixprec.masters import MASTER
-from mixprec.state_formats import decode, is_scale, scale_key
+from mixprec.state_formats import StateFormats, decode, format_of, scale_key, scales_in
 
 __all__ = ["Cohort", "Member", "decoded", "elements_of", "form_cohorts", "own_numbers", "shown"]
 
@@ -37,14 +39,14 @@ class Member:
 
     Attributes:
         index: of its group.
-        param: the parameter.
+        place: among the parameters that step.
         entry: its own in the optimizer's state.
         probe: what replays its rule.
         state: what the entry says, in the probe's terms.
     """
 
     index: int
-    param: Tensor
+    place: int
     entry: Entry
     probe: Probe
     state: RuleState
@@ -59,20 +61,43 @@ class Cohort:
         probe: replays the rule for them.
         state: what the rule keeps for each, but for data; plain numbers in it are the objects that
             every entry holds.
-        params: in the group's order.
+        places: of its members among the parameters that step, in order.
         entries: their entries in the optimizer's state.
         tensors: what each holds of data, by the names in `state` (and `scale_key` of codes).
+        non_negative: the states that were proved to stay so, if any may be stored without a sign.
     """
 
     index: int
     probe: Probe
     state: RuleState
-    params: list[Tensor] = field(default_factory=list[Tensor])
+    places: list[int] = field(default_factory=list[int])
     entries: list[Entry] = field(default_factory=list[Entry])
     tensors: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
+    non_negative: Levels = field(default_factory=dict[str, int])
+    _proved: set[tuple[int, Any]] = field(default_factory=set[tuple[int, Any]])
+
+    def has_negative(self, name: str) -> bool:
+        """Whether a state holds a negative number already, where it may have a sign."""
+        held = (tensors[name] for tensors in self.tensors if name in tensors)
+        return any(bool((value < 0).any()) for value in held if value.dtype != torch.uint8)
+
+    def prove(self, levels: Levels) -> None:
+        """Take these states for never negative, as long as `keeps_signs` says so."""
+        self.non_negative, self._proved = levels, set()
+
+    def keeps_signs(self, program: Program, scalars: Sequence[float]) -> bool:
+        """Whether states without a sign need none after a step with these scalars either."""
+        if not self.non_negative:
+            return True
+        step = id(program), classes(scalars)
+        if step not in self._proved:
+            if not stay_non_negative(self.non_negative, program, step[1]):
+                return False
+            self._proved.add(step)
+        return True
 
     def add(self, member: Member) -> None:
-        self.params.append(member.param)
+        self.places.append(member.place)
         self.entries.append(member.entry)
         self.tensors.append(member.state.tensors(member.entry))
         member.entry.update(_shared(self.state))
@@ -140,19 +165,30 @@ def elements_of(entry: Mapping[str, Any], param: Tensor) -> tuple[str, ...]:
 def _is_element(name: str, value: Any, entry: Mapping[str, Any], param: Tensor) -> bool:
     if not isinstance(value, Tensor) or value.shape != param.shape or param.ndim == 0:
         return False
-    return value.is_floating_point() or scale_key(name) in entry
+    return value.is_floating_point() or scales_in(entry, name) is not None
 
 
-def shown(entry: Mapping[str, Any]) -> Entry:
+def shown(entry: Mapping[str, Any], formats: StateFormats = None) -> Entry:
     """An entry as a probe may see it: codes as the FP32 tensors that they stand for, without data,
     and counts on the host."""
-    seen: Entry = {}
-    for name, value in entry.items():
-        if scale_key(name) in entry:
-            seen[name] = torch.empty(value.shape, device="meta")
-        elif not is_scale(name):
-            seen[name] = value
-    return seen
+    ours = _scales(entry, formats)
+    return {
+        name: torch.empty(value.shape, device="meta") if _is_coded(entry, name, ours) else value
+        for name, value in entry.items()
+        if name not in ours
+    }
+
+
+def _scales(entry: Mapping[str, Any], formats: StateFormats) -> set[str]:
+    """The keys that hold scales of codes, which are ours wherever 8 bits were asked for.
+
+    A rule that keeps something there itself was refused (`state_formats.check_keys`).
+    """
+    return {scale_key(name) for name in entry if format_of(name, formats) == "int8"}
+
+
+def _is_coded(entry: Mapping[str, Any], name: str, ours: set[str]) -> bool:
+    return scale_key(name) in ours and scales_in(entry, name) is not None
 
 
 def counts_on_host(entry: Entry, state: RuleState) -> None:
@@ -208,20 +244,20 @@ def own_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in numbers.items()}
 
 
-def decoded(entry: Mapping[str, Any], param: Tensor, bf16: Sequence[str] = ()) -> Entry:
+def decoded(entry: Mapping[str, Any], param: Tensor, formats: StateFormats = None) -> Entry:
     """An entry as the rule itself would keep it: FP32 states, numbers shared with nobody.
 
-    States stored as codes tell by themselves; `bf16` names those that are stored in BF16. FP32
-    states, and collections of tensors, are the same objects.
+    Without `formats` nothing in it is a code. FP32 states, and collections of tensors, are the same
+    objects.
     """
-    elements = elements_of(entry, param)
+    elements, ours = elements_of(entry, param), _scales(entry, formats)
     plain: Entry = {}
     for name, value in entry.items():
-        if is_scale(name):
+        if name in ours:
             continue
         if name in elements:
-            encoded = scale_key(name) in entry or name in bf16
-            plain[name] = decode(value, entry.get(scale_key(name))) if encoded else value
+            encoded = _is_coded(entry, name, ours) or format_of(name, formats) == "bf16"
+            plain[name] = decode(value, scales_in(entry, name)) if encoded else value
         elif name == MASTER or _holds(Tensor, value):
             plain[name] = value
         else:

@@ -10,17 +10,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec import state_formats
-from mixprec.admission import undisturbed
+from mixprec.copies import by_value
 from mixprec.devices import has_triton
 from mixprec.fused.admission import FusedAdmission, admit_fused
-from mixprec.fused.alike import step_alike
+from mixprec.fused.cohorts import Cohort, shown
 from mixprec.fused.dispatch import NotFusible
+from mixprec.fused.kinds import Kinds
 from mixprec.fused.launch import is_dense
 from mixprec.fused.members import NOBODY, Candidates, Members
 from mixprec.fused.program import GRAD, Program
-from mixprec.fused.record import Probe
+from mixprec.fused.record import Probe, Recording, RuleState
+from mixprec.fused.signs import non_negative_levels
 from mixprec.fused.triton_emit import Layout, source
+from mixprec.machine import is_of_the_machine
 from mixprec.masters import LOW, MASTER, MasterStore
+from mixprec.rule_code import code_of
 from mixprec.state_formats import StateFormats, format_of
 
 Fused = Literal["auto"] | bool
@@ -47,13 +51,40 @@ class FusedGroups:
         self.formats: StateFormats = formats
         self._admissions: dict[int, FusedAdmission] = {}
         self._probes: dict[tuple[int, Any], Probe] = {}
-        self._ignores_loss: dict[int, bool] = {}
+        self._seen = list(map(id, inner.param_groups))
+        """Groups that were looked at last, which nothing here keeps alive."""
+        self._kinds: Kinds | None = None
+        self._marks: list[tuple[dict[str, Any], Any]] = []
+        """What users set on parameters, and what it was when their probes were chosen."""
+        self._uses_loss: set[int] = set()
+        self._given_loss = False
         self._candidates: dict[bool, Candidates] = {}
         """By whether the step has a loss to give to the rule."""
 
     def release(self, params: Iterable[Tensor] | None = None) -> None:
         """Leave these parameters' state as the rule itself keeps it: it is about to run on them."""
         raise NotImplementedError
+
+    def forget_plan(self) -> None:
+        """Choose probes anew at the next step."""
+        raise NotImplementedError
+
+    @property
+    def kinds(self) -> Kinds:
+        """What the rule's code could ask of parameters."""
+        if self._kinds is None:
+            self._kinds = Kinds(code_of(self._inner))
+        return self._kinds
+
+    def is_current(self) -> bool:
+        """Whether the rule's code, and the marks on parameters that it may read, are as they were
+        when probes were chosen."""
+        if self._kinds is None:
+            return True
+        return self._kinds.code.holds() and all(
+            not (marks or known) or by_value(self._kinds.marks_in(marks)) == known
+            for marks, known in self._marks
+        )
 
     def _takes(self, param: Tensor) -> bool:
         """Whether this parameter is stepped here, if its group's rule can be."""
@@ -74,13 +105,26 @@ class FusedGroups:
 
     def _admit(self, index: int) -> FusedAdmission:
         self.release(self._inner.param_groups[index]["params"])  # a trial begins from FP32 states
-        found = admit_fused(self._inner, index)
+        found = self._admissions[index] = self._try(index)
+        return found
+
+    def considered(self, index: int) -> FusedAdmission | None:
+        """What `admission` would find now, for whoever asks without a step: nothing is kept."""
+        if index in self._admissions:
+            return self._admissions[index]
+        if not any(map(self._takes, self._inner.param_groups[index]["params"])):
+            return None
+        return self._try(index)
+
+    def _try(self, index: int) -> FusedAdmission:
+        found = admit_fused(self._inner, index, self.formats, self.kinds)
         if not found.fusible and (self.fused is True or self.formats is not None):
             self._refuse(found.reason)
         if found.fusible:
             names = {n for program in found.programs for n in program.writes if n != MASTER}
-            state_formats.check_names(self.formats, sorted(names), type(self._inner).__name__)
-        self._admissions[index] = found
+            rule = type(self._inner).__name__
+            state_formats.check_names(self.formats, sorted(names), rule)
+            state_formats.check_keys(self.formats, found.keys, rule)
         return found
 
     def _refuse(self, reason: str) -> None:
@@ -111,7 +155,7 @@ class FusedGroups:
 
     def source(self, index: int) -> str:
         """The kernels of a group's latest program, for the kind of its first parameter here."""
-        found = self.admission(index)
+        found = self.considered(index)
         assert found is not None and found.fusible
         program = found.programs[-1]
         param = next(filter(self._takes, self._inner.param_groups[index]["params"]))
@@ -139,13 +183,23 @@ class FusedGroups:
         groups: list[list[Tensor]] = [group["params"] for group in self._inner.param_groups]
         if self.fused is False:
             return NOBODY, groups
+        if not self._groups_hold():
+            self.reset()
+        elif not self.is_current():
+            self._forget_probes()
+        self._give_loss(with_loss)
         known = self._candidates.get(with_loss)
         if known is None or known.deferred or not known.are_of(groups):
             fused = self._fused_of(groups, with_loss)
             ready = [(index, param) for index, param in fused if self._is_ready(index, param)]
             known = Candidates(groups, ready, deferred=len(ready) < len(fused))
             self._candidates[with_loss] = known
-        return known.stepping()
+        return known.stepping(groups)
+
+    def _groups_hold(self) -> bool:
+        """Whether groups are those that were admitted, each in its place."""
+        before, self._seen = self._seen, list(map(id, self._inner.param_groups))
+        return before == self._seen
 
     def _is_ready(self, index: int, param: Tensor) -> bool:
         """Whether a parameter may step here now; some rules take its first step themselves."""
@@ -159,20 +213,32 @@ class FusedGroups:
             if admission is None or not admission.fusible:
                 continue
             chosen = [param for param in params if self._takes(param)]
-            if not with_loss or self._is_loss_ignored(index, chosen[0]):
+            if not with_loss or self._ignores_loss(index, chosen):
                 found += [(index, param) for param in chosen]
         return found
 
-    def _is_loss_ignored(self, index: int, like: Tensor) -> bool:
-        """Whether a rule does the same whatever loss its closure returns."""
-        if index not in self._ignores_loss:
-            admission = self._admissions[index]
-            probe, without = (admission.probe(self._inner, index, like) for _ in range(2))
-            rule, losses = probe._rule, iter(range(1, 10))
-            probe._rule = lambda twin: rule(twin, lambda: torch.tensor(float(next(losses))))
-            with undisturbed(self._inner):
-                self._ignores_loss[index] = step_alike(without, probe)
-        return self._ignores_loss[index]
+    def _ignores_loss(self, index: int, params: list[Tensor]) -> bool:
+        """Whether a rule does not look at the loss; each step asks again (`Probe.given_loss`)."""
+        if params and index not in self._uses_loss:
+            probe = self._probe(index, params[0])
+            state = self._state_of(index, params[0])
+            try:
+                for _ in range(3):
+                    state = probe.step(state).state
+            except NotFusible:
+                self._uses_loss.add(index)
+        return index not in self._uses_loss
+
+    def _state_of(self, index: int, param: Tensor) -> RuleState:
+        entry = shown(self._inner.state.get(param) or {}, self.formats)
+        return self._admissions[index].state_of(entry, param)
+
+    def _give_loss(self, with_loss: bool) -> None:
+        """Say whether the next steps have a loss, which programs cannot use."""
+        if with_loss != self._given_loss:
+            self._given_loss = with_loss
+            for probe in self._probes.values():
+                probe.given_loss = with_loss
 
     def _admit_again(self, index: int, program: Program) -> None:
         """A group does what it did not do when it was tried: an option was changed, say."""
@@ -200,23 +266,52 @@ class FusedGroups:
         """Forget what was found of groups and of memory: they have changed."""
         self._candidates.clear()
         self._admissions.clear()
+        self._forget_probes()
+
+    def _forget_probes(self) -> None:
         self._probes.clear()
-        self._ignores_loss.clear()
+        self._uses_loss.clear()
+        self._marks.clear()
+        self._kinds = None
+        self.forget_plan()
 
     def _probe(self, index: int, param: Tensor) -> Probe:
-        admission = self._admissions[index]
-        key = (index, admission.kind_of(param))
+        """The probe of a parameter's kind."""
+        if not self._takes(param):
+            self._candidates.clear()
+            raise NotFusible("a parameter has moved to where kernels do not reach")
+        admission, kinds = self._admissions[index], self.kinds
+        key = (index, kinds.kind_of(param, by_size=admission.by_size))
         if key not in self._probes:
-            self._probes[key] = admission.probe(self._inner, index, param)
+            probe = self._probes[key] = admission.probe(self._inner, index, param, kinds)
+            probe.given_loss, probe.in_use = self._given_loss, True
+        if kinds.reads_marks:
+            self._marks.append((vars(param), by_value(kinds.marks_in(vars(param)))))
+        self._probes[key].serve(param)
         return self._probes[key]
 
-    def _merge_kinds(self) -> None:
-        """Let kinds of parameters that a rule steps alike share a probe."""
-        by_index: dict[int, dict[Any, Probe]] = {}
-        for (index, kind), probe in self._probes.items():
-            by_index.setdefault(index, {})[kind] = probe
-        for index, probes in by_index.items():
-            first = next(iter(probes.values()))
-            for kind, probe in probes.items():
-                if probe is not first and step_alike(first, probe):
-                    self._probes[index, kind] = first
+    def _non_negative(self, cohort: Cohort, recording: Recording) -> frozenset[str]:
+        """The states of a cohort that need no sign: from its first step on, and where it is now.
+
+        Reads what is about to be coded for the first time.
+        """
+        steps = [(r.program, r.scalars) for r in _first_steps(cohort.probe, 4)]
+        steps.append((recording.program, recording.scalars))
+        negative = self._admissions[cohort.index].negative
+        levels = non_negative_levels(steps, negative)
+        negative |= {name for name in levels if cohort.has_negative(name)}
+        cohort.prove(non_negative_levels(steps, negative))
+        return frozenset(cohort.non_negative)
+
+
+def _first_steps(probe: Probe, count: int) -> list[Recording]:
+    """Recordings of a rule's first steps, at its group's present values, as far as there are."""
+    found: list[Recording] = []
+    try:
+        for _ in range(count):
+            found.append(probe.step(found[-1].state if found else RuleState()))
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
+        # It may want a first step of its own, or a state made for it.
+    return found

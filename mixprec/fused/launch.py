@@ -10,7 +10,7 @@ gradient, states) must have the same strides and no gaps; see `is_dense`.
 from __future__ import annotations
 
 import linecache
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,10 +23,12 @@ from mixprec.devices import is_capturing, on_device
 from mixprec.fused.program import MASTER, Program
 from mixprec.fused.stages import kept_numbers, stages
 from mixprec.fused.triton_emit import WEIGHT, Layout, columns, source
-from mixprec.state_formats import BLOCK, decode, encode, is_scale, num_blocks, scale_key
+from mixprec.masters import agree
+from mixprec.state_formats import BLOCK, decode, encode, num_blocks, scale_key
 
 __all__ = [
     "Addresses",
+    "Begun",
     "KernelLaunch",
     "Launch",
     "TwinLaunch",
@@ -61,6 +63,13 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
+@dataclass
+class Begun:
+    """Whether a launch may have written to tensors."""
+
+    begun: bool = False
+
+
 class Launch:
     """One program over the tensors of one layout on one device.
 
@@ -92,6 +101,19 @@ class Launch:
             factor: 0-d FP32 on the device; multiplies gradients in FP32. None for 1.
             found_inf: 0-d FP32 on the device; nonzero leaves everything as it is. None for 0.
         """
+        self.ready(grads, scalars, factor, found_inf)(Begun())
+
+    def ready(
+        self,
+        grads: Sequence[Tensor],
+        scalars: Tensor,
+        factor: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Callable[[Begun], None]:
+        """Do all that may fail; the rest, which `run` does at once, is to be called.
+
+        It says `begun` before anything is written.
+        """
         raise NotImplementedError
 
 
@@ -104,31 +126,50 @@ class TwinLaunch(Launch):
     PART = 2**17
     """Elements at once: 512 KiB in FP32, as long as no operation reduces over the tensor."""
 
-    def run(
+    def ready(
         self,
         grads: Sequence[Tensor],
         scalars: Tensor,
         factor: Tensor | None,
         found_inf: Tensor | None,
-    ) -> None:
-        if found_inf is not None and bool(found_inf != 0):
-            return
-        for tensors, row, grad in zip(self.tensors, self.rows, grads, strict=True):
-            self._step(tensors, grad, scalars[row], factor)
+    ) -> Callable[[Begun], None]:
+        def go(begun: Begun) -> None:
+            if found_inf is not None and bool(found_inf != 0):
+                return
+            for tensors, row, grad in zip(self.tensors, self.rows, grads, strict=True):
+                self._step(tensors, grad, scalars[row], factor, begun)
 
-    def _step(self, tensors: Tensors, grad: Tensor, scalars: Tensor, factor: Tensor | None) -> None:
-        reduced = self.layout.reduced
+        return go
+
+    def _step(
+        self,
+        tensors: Tensors,
+        grad: Tensor,
+        scalars: Tensor,
+        factor: Tensor | None,
+        begun: Begun,
+    ) -> None:
+        reduced, coded = self.layout.reduced, self.layout.coded
         runs = {name: flat(tensor) for name, tensor in tensors.items()}
         flat_grad = flat(grad)
         numel = flat_grad.numel()
         size = max(numel, 1) if stages(self.program) else self.PART
         for start in range(0, max(numel, 1 if reduced else 0), size):
             stop = min(start + size, numel)
-            part = {k: r if k in reduced else _part(k, r, start, stop) for k, r in runs.items()}
-            self._step_part(part, flat_grad[start:stop], scalars, factor)
+            spans = {
+                k: slice(start // BLOCK, num_blocks(stop)) if k in coded else slice(start, stop)
+                for k in runs
+            }
+            part = {k: r if k in reduced else r[spans[k]] for k, r in runs.items()}
+            self._step_part(part, flat_grad[start:stop], scalars, factor, begun)
 
     def _step_part(
-        self, part: Tensors, grad: Tensor, scalars: Tensor, factor: Tensor | None
+        self,
+        part: Tensors,
+        grad: Tensor,
+        scalars: Tensor,
+        factor: Tensor | None,
+        begun: Begun,
     ) -> None:
         grad = grad.float()
         if factor is not None:
@@ -141,8 +182,10 @@ class TwinLaunch(Launch):
         states.update((k, part[k]) for k in self.layout.reduced if k in self.program.reads)
         master, made = self.program.run(self._master(part), grad, states, scalars)
         made = {k: v.clone() if len(made) > 1 else v for k, v in made.items()}  # may alias a state
-        for name, value in made.items():
-            codes, scales = encode(value.reshape(part[name].shape), part[name].dtype)
+        shaped = {name: value.reshape(part[name].shape) for name, value in made.items()}
+        encoded = {name: encode(value, part[name].dtype) for name, value in shaped.items()}
+        begun.begun = True
+        for name, (codes, scales) in encoded.items():
             part[name].copy_(codes)
             if scales is not None:
                 part[scale_key(name)].copy_(scales)
@@ -152,7 +195,9 @@ class TwinLaunch(Launch):
     def _master(self, part: Tensors) -> Tensor:
         if self.layout.master == "split":
             return formats.join(part[WEIGHT], part[MASTER])
-        return part[WEIGHT if self.layout.master == "none" else MASTER]
+        if self.layout.master == "none":
+            return part[WEIGHT]
+        return agree(part[WEIGHT], part[MASTER])  # the weight may have been written since
 
     def _write(self, part: Tensors, master: Tensor) -> None:
         if self.layout.master == "split":
@@ -161,12 +206,6 @@ class TwinLaunch(Launch):
         if self.layout.master == "full":
             part[MASTER].copy_(master)
         part[WEIGHT].copy_(master)
-
-
-def _part(column: str, run: Tensor, start: int, stop: int) -> Tensor:
-    if is_scale(column):
-        return run[start // BLOCK : num_blocks(stop)]
-    return run[start:stop]
 
 
 # ---------------------------------------- the kernel
@@ -198,6 +237,7 @@ class KernelLaunch(Launch):
         super().__init__(program, layout, tensors, rows)
         self.device = self.tensors[0][WEIGHT].device
         self._kernels = kernels(program, layout)
+        self._compiled: set[tuple[bool, bool]] = set()
         self._stages = stages(program)
         names = columns(layout)
         numels = [item[WEIGHT].numel() for item in self.tensors]
@@ -224,47 +264,69 @@ class KernelLaunch(Launch):
         self._partial = torch.empty(max(len(chunks) * width, 1), **options)
         self._numbers = torch.empty(len(self.tensors) * kept, **options)
 
-    def run(
+    def ready(
         self,
         grads: Sequence[Tensor],
         scalars: Tensor,
         factor: Tensor | None,
         found_inf: Tensor | None,
-    ) -> None:
+    ) -> Callable[[Begun], None]:
         grads, addresses = self._addresses.of(grads)
         tables = (self._table, addresses, self._chunks, scalars, self._numbers, self._partial)
-        with on_device(self.device):
-            for number, stage in enumerate(self._stages):
-                if stage.reductions:
-                    self._pass(f"reduce{number}", *tables, factor, found_inf)
-                if f"finish{number}" in self._kernels:
-                    self._finish(number, scalars, found_inf)
-            self._pass("step", *tables, factor, found_inf)
 
-    def _pass(self, name: str, *arguments: Tensor | None) -> None:
+        def go(begun: Begun | None, alive: Sequence[Tensor] = grads) -> None:
+            with on_device(self.device):
+                for number, stage in enumerate(self._stages):
+                    if stage.reductions:
+                        self._pass(begun, f"reduce{number}", *tables, factor, found_inf)
+                    if f"finish{number}" in self._kernels:
+                        self._finish(begun, number, scalars, found_inf)
+                self._pass(begun, "step", *tables, factor, found_inf)
+
+        given = factor is None, found_inf is None
+        if given not in self._compiled:
+            go(None)
+            self._compiled.add(given)
+        return go
+
+    def _pass(self, begun: Begun | None, name: str, *arguments: Tensor | None) -> None:
         """Go over all elements."""
         if len(self._chunks):
-            self._kernels[name][(len(self._chunks),)](
-                *arguments,
-                BLOCK=self.tiling.block,
-                BLOCKS=self.tiling.blocks,
-                num_warps=self.tiling.warps,
-                enable_fp_fusion=False,
-            )
+            options = {
+                "BLOCK": self.tiling.block,
+                "BLOCKS": self.tiling.blocks,
+                "num_warps": self.tiling.warps,
+                "enable_fp_fusion": False,
+            }
+            _start(begun, self._kernels[name], len(self._chunks), arguments, options)
 
-    def _finish(self, number: int, scalars: Tensor, found_inf: Tensor | None) -> None:
+    def _finish(
+        self, begun: Begun | None, number: int, scalars: Tensor, found_inf: Tensor | None
+    ) -> None:
         """Add up a pass's sums, tensor by tensor."""
-        self._kernels[f"finish{number}"][(len(self.tensors),)](
-            self._table,
-            self._spans,
-            scalars,
-            self._numbers,
-            self._partial,
-            found_inf,
-            PART=1024,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+        tables = (self._table, self._spans, scalars, self._numbers, self._partial, found_inf)
+        options = {"PART": 1024, "num_warps": 4, "enable_fp_fusion": False}
+        kernel = self._kernels[f"finish{number}"]
+        _start(begun, kernel, len(self.tensors), tables, options)
+
+
+def _start(
+    begun: Begun | None,
+    kernel: Any,
+    programs: int,
+    arguments: Sequence[Tensor | None],
+    options: dict[str, Any],
+) -> None:
+    """Launch a kernel on a grid of so many programs; without `begun`, compile it only.
+
+    To compile takes a second, in which somebody may interrupt it or memory may run out.
+    """
+    if begun is None:
+        if hasattr(kernel, "warmup"):
+            kernel.warmup(*arguments, grid=(programs,), **options)
+        return
+    begun.begun = True
+    kernel[(programs,)](*arguments, **options)
 
 
 def chunk_table(numels: Sequence[int], size: int) -> Tensor:

@@ -3,14 +3,18 @@
 This is asked at every step, for thousands of parameters perhaps. From one step to the next little
 changes, so the answer is kept, with a guard on how the gradients look. Who keeps an answer of his
 own for these gradients goes by `Members.kind`, and need not look at them again.
+
+What is kept knows parameters by their places, and hears when one of them dies: nothing here keeps a
+parameter alive that its user has dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 from mixprec.devices import is_capturing
 from mixprec.fused.guard import Guard
 
-__all__ = ["NOBODY", "Candidates", "Members"]
+__all__ = ["NOBODY", "Candidates", "Members", "Watch"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,31 @@ NOBODY = Members([], [], [], object())
 _grad = attrgetter("grad")
 
 
+class Watch:
+    """Hears when one of these tensors dies, so that what was made for them can be dropped.
+
+    While all are alive, no other object has the `id` of one of them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], drop: Callable[[], None] | None = None) -> None:
+        self._died = died = [False]
+
+        def tell(_: object) -> None:
+            died[0] = True
+            if drop is not None:
+                drop()
+
+        self._refs = [weakref.ref(tensor, tell) for tensor in tensors]
+
+    @property
+    def died(self) -> bool:
+        return self._died[0]
+
+    def tensors(self) -> list[Tensor]:
+        """Those that are alive."""
+        return [tensor for tensor in (ref() for ref in self._refs) if tensor is not None]
+
+
 class Candidates:
     """Parameters that step by programs as often as they have a gradient, and the others."""
 
@@ -58,36 +87,49 @@ class Candidates:
     ) -> None:
         self.deferred = deferred
         """Whether others will join once the rule has made their state."""
-        self._groups = [list(params) for params in groups]
-        self._fused = fused
-        self._share_out()
+        flat = list(chain.from_iterable(groups))
+        place_of = {id(param): place for place, param in enumerate(flat)}
+        self._lengths = list(map(len, groups))
+        self._ids = list(map(id, flat))
+        self._watch = Watch(flat)
+        self._fused = [(index, place_of[id(param)]) for index, param in fused]
+        self._share_out(groups)
 
     def are_of(self, groups: list[list[Tensor]]) -> bool:
         """Whether these groups still hold the same parameters."""
-        if list(map(len, groups)) != list(map(len, self._groups)):
+        if self._watch.died or list(map(len, groups)) != self._lengths:
             return False
-        return all(map(is_, chain.from_iterable(groups), chain.from_iterable(self._groups)))
+        return list(map(id, chain.from_iterable(groups))) == self._ids
 
-    def stepping(self) -> tuple[Members, list[list[Tensor]]]:
+    def stepping(self, groups: list[list[Tensor]]) -> tuple[Members, list[list[Tensor]]]:
         """Who has a dense gradient now, and for each group who is left to the rule itself."""
-        grads: list[Any] = list(map(_grad, self._params))
-        if not self._guard.holds(grads) or list(map(_layout, self._resting)) != self._layouts:
-            grads = self._share_out()
-        return Members(self._indices, self._params, grads, self._kind), self._rest
+        flat = list(chain.from_iterable(groups))
+        params = flat if self._all else [flat[place] for place in self._places]
+        grads: list[Any] = list(map(_grad, params))
+        resting = [_layout(flat[place]) for place in self._resting]
+        if not self._guard.holds(grads) or resting != self._layouts:
+            params = self._share_out(groups)
+            grads = list(map(_grad, params))
+        rest = [[flat[place] for place in places] for places in self._rest]
+        return Members(self._indices, params, grads, self._kind), rest
 
-    def _share_out(self) -> list[Tensor]:
-        """Find out who steps, and return their gradients."""
-        layouts = {param: _layout(param) for _, param in self._fused}
-        dense = [(index, p) for index, p in self._fused if layouts[p] == torch.strided]
+    def _share_out(self, groups: list[list[Tensor]]) -> list[Tensor]:
+        """Find out who steps, and return them."""
+        flat = list(chain.from_iterable(groups))
+        layouts = {place: _layout(flat[place]) for _, place in self._fused}
+        dense = [(index, place) for index, place in self._fused if layouts[place] == torch.strided]
         self._indices = [index for index, _ in dense]
-        self._params = [param for _, param in dense]
-        self._resting = [p for p, layout in layouts.items() if layout != torch.strided]
-        self._layouts = [layouts[param] for param in self._resting]
-        ours = {p for p, layout in layouts.items() if layout in (torch.strided, None)}
-        self._rest = [[p for p in params if p not in ours] for params in self._groups]
-        grads: list[Any] = list(map(_grad, self._params))
-        self._guard, self._kind = Guard(grads), object()
-        return grads
+        self._places = [place for _, place in dense]
+        self._all = self._places == list(range(len(flat)))
+        self._resting = [place for place, layout in layouts.items() if layout != torch.strided]
+        self._layouts = [layouts[place] for place in self._resting]
+        ours = {place for place, layout in layouts.items() if layout in (torch.strided, None)}
+        numbers = iter(range(len(flat)))
+        all_places = [[next(numbers) for _ in params] for params in groups]
+        self._rest = [[place for place in places if place not in ours] for places in all_places]
+        params = [flat[place] for place in self._places]
+        self._guard, self._kind = Guard(list(map(_grad, params))), object()
+        return params
 
 
 def _layout(param: Tensor) -> torch.layout | None:

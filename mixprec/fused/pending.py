@@ -1,18 +1,23 @@
-"""A step that the device may have left undone, and what the host has counted for it on trust."""
+"""What a fused step changes on the host, to be taken back if it comes to nothing.
+
+A step comes to nothing where the device leaves all as it was, which the host hears of later, and
+where something stops it. Either way it has counted, made states and told masters apart before the
+first kernel started: the record of it begins before the first of these changes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mixprec.fused.cohorts import Entry
-from mixprec.fused.plan import Plan
+from mixprec.fused.cohorts import Cohort, Entry
+from mixprec.fused.launch import Begun
 from mixprec.inner import same
-from mixprec.masters import MASTER, MasterStore
-from mixprec.state_formats import scale_key
+from mixprec.masters import MasterStore
 
 __all__ = ["Flag", "Pending", "change"]
 
@@ -40,19 +45,41 @@ class Flag:
         return bool(self._value != 0)
 
 
-class Pending:
-    """What a step changes on the host, to be taken back if the device leaves all as it was."""
+class Pending(Begun):
+    """What a step changes on the host. To take it back may be done twice.
 
-    def __init__(self, plan: Plan) -> None:
+    Attributes:
+        flag: what the device makes of the step, if it decides.
+        changes: dict, key, value before, value after; the class itself stands for no value.
+        begun: whether a kernel may have started.
+        finished: whether the last one has.
+    """
+
+    def __init__(self) -> None:
         self.flag: Flag | None = None
-        self.made: list[tuple[Entry, str]] = []
         self.changes: list[tuple[dict[Any, Any], Any, Any, Any]] = []
-        """Dict, key, value before, value after; the class itself stands for no value."""
-        self._states = [(cohort, cohort.own_state()) for cohort in plan.cohorts]
-        self._origins = plan.origins if plan.programs is None else {}
+        super().__init__()
+        self.finished = False
+        self._entries: dict[int, tuple[weakref.ref[Tensor], Entry | None, Entry]] = {}
+        self._early: list[tuple[Tensor, Tensor]] = []
+        self._numbers: list[tuple[Cohort, Any]] = []
+
+    def keep(
+        self, state: Mapping[Tensor, Entry], store: MasterStore, params: Iterable[Tensor]
+    ) -> None:
+        """Before entries of these parameters are made, or held in another way."""
+        self._early += [(p, m) for p, m in store.early.items() if id(p) not in self._entries]
+        for param in params:
+            if id(param) not in self._entries:
+                entry = state.get(param)
+                self._entries[id(param)] = weakref.ref(param), entry, dict(entry or {})
+
+    def keep_numbers(self, cohorts: Iterable[Cohort]) -> None:
+        """Before parameters are counted."""
+        self._numbers = [(cohort, cohort.own_state()) for cohort in cohorts]
 
     def undo(self, state: dict[Any, Any], store: MasterStore) -> bool:
-        """Take it back, and say whether tensors were dropped."""
+        """Take it back, and say whether entries are others now, so that no plan holds."""
         for values, key, before, after in self.changes:
             if values.get(key) is not after:
                 continue  # somebody has set it since
@@ -60,34 +87,35 @@ class Pending:
                 del values[key]
             else:
                 values[key] = before
-        for cohort, before in self._states:
-            cohort.set_state(before)
-        for entry, name in self.made:
-            entry.pop(name, None)
-            entry.pop(scale_key(name), None)
-        for param, origin in self._origins.items():
-            if origin == "early":
-                store.early[param] = store.master(state, param).clone()
-            if origin != "state":
-                state[param].pop(MASTER, None)
-            if not state[param]:
-                del state[param]
-        return bool(self.made or self._origins)
+        for cohort, numbers in self._numbers:
+            cohort.set_state(numbers)
+        for ref, entry, kept in self._entries.values():
+            param = ref()
+            if param is None:
+                continue
+            if entry is None:
+                state.pop(param, None)
+            else:
+                entry.clear()
+                entry.update(kept)
+                state[param] = entry
+        for param, master in self._early:
+            store.early[param] = master
+        return bool(self._entries)
 
 
 def change(
     where: str,
     values: dict[Any, Any],
     new: Mapping[Any, Any],
-    pending: Pending | None,
+    pending: Pending,
     *,
     counted: bool,
 ) -> None:
     """Set what a step counts; compare it where somebody has counted already."""
     for key, value in new.items():
         if not counted:
-            if pending is not None:
-                pending.changes.append((values, key, values.get(key, Pending), value))
+            pending.changes.append((values, key, values.get(key, Pending), value))
             values[key] = value
         elif not same(values.get(key), value):
             raise RuntimeError(

@@ -22,45 +22,53 @@ from mixprec.devices import has_triton
 from mixprec.fused.cohorts import Cohort, Entry, elements_of
 from mixprec.fused.guard import Guard
 from mixprec.fused.launch import KernelLaunch, Launch, TwinLaunch
-from mixprec.fused.members import Members
+from mixprec.fused.members import Members, Watch
+from mixprec.fused.pending import Pending
 from mixprec.fused.program import Program
 from mixprec.fused.record import Recording, RuleState
 from mixprec.fused.triton_emit import WEIGHT, Layout, columns
-from mixprec.masters import MASTER, MasterStore
-from mixprec.state_formats import TOP, decode, encode, scale_key
+from mixprec.masters import MASTER
+from mixprec.state_formats import TOP, decode, encode, scale_key, scales_in
 
 __all__ = ["Batch", "Plan", "Prepared", "hold", "same_strides", "stored"]
 
-_dtype, _version = attrgetter("dtype"), attrgetter("_version")
+_dtype = attrgetter("dtype")
 
 
 class Batch:
-    """What one launch works on."""
+    """What one launch works on.
+
+    Attributes:
+        places: of its parameters among those of the plan.
+        entries: theirs in the optimizer's state.
+        tensors: what each holds, by column of the layout.
+    """
 
     def __init__(self, program: Program, layout: Layout) -> None:
         self.program, self.layout = program, layout
         self.cohorts: list[int] = []
-        self.params: list[Tensor] = []
+        self.places: list[int] = []
+        self.entries: list[Entry] = []
         self.tensors: list[dict[str, Tensor]] = []
         self._rows: list[int] = []
-        self._places: list[int] = []
         self._kind: object = None
         self._turned: list[int] = []
+        self._go: Callable[[Pending], None] | None = None
 
-    def add(self, cohort: int, param: Tensor, tensors: dict[str, Tensor]) -> None:
+    def add(self, cohort: int, place: int, entry: Entry, tensors: dict[str, Tensor]) -> None:
         if cohort not in self.cohorts:
             self.cohorts.append(cohort)
         self._rows.append(self.cohorts.index(cohort))
-        self.params.append(param)
+        self.places.append(place)
+        self.entries.append(entry)
         self.tensors.append(tensors)
 
-    def ready(self, place_of: dict[Tensor, int]) -> None:
-        """Make the tables; `place_of` says where each parameter's gradient will be found."""
-        self.device = self.params[0].device
+    def make_tables(self, members: int) -> None:
+        """Before the first launch; `members` says how many parameters the plan has."""
+        self.device = self.tensors[0][WEIGHT].device
         kind = KernelLaunch if self.device.type == "cuda" and has_triton() else TwinLaunch
         self.launch: Launch = kind(self.program, self.layout, self.tensors, self._rows)
-        self._places = [place_of[param] for param in self.params]
-        self._all = self._places == list(range(len(place_of)))
+        self._all = self.places == list(range(members))
         shape = len(self.cohorts), self.program.num_scalars
         self._scalars = torch.empty(shape, dtype=torch.float32, device=self.device)
 
@@ -70,26 +78,33 @@ class Batch:
         source = torch.tensor(numbers, dtype=torch.float32, pin_memory=self.device.type == "cuda")
         self._scalars.copy_(source, non_blocking=True)
 
-    def run(self, members: Members, factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """Launch, on the gradients of those of the plan's members that are in this batch."""
+    def make_ready(self, members: Members, factor: Tensor | None, found_inf: Tensor | None) -> None:
+        """Do all that may fail before `run` does the rest."""
         if factor is not None:
             factor = factor.to(self.device, torch.float32).reshape(())
         if found_inf is not None:
             found_inf = found_inf.to(self.device)
-        self.launch.run(self.grads(members), self._scalars, factor, found_inf)
+        self._go = self.launch.ready(self.grads(members), self._scalars, factor, found_inf)
+
+    def run(self, pending: Pending) -> None:
+        """Launch what was made ready."""
+        go, self._go = self._go, None
+        assert go is not None, "make_ready() comes first"
+        go(pending)
 
     def grads(self, members: Members) -> list[Tensor]:
         """The gradients as the launch wants them: with the strides of their parameters."""
         grads = members.grads
-        ours = grads if self._all else [grads[place] for place in self._places]
+        ours = grads if self._all else [grads[place] for place in self.places]
         if members.kind is not self._kind:
             self._kind = members.kind
-            pairs = enumerate(zip(self.params, ours, strict=True))
-            self._turned = [place for place, (p, g) in pairs if not _same_order(p, g)]
+            pairs = enumerate(zip(self.places, ours, strict=True))
+            params = members.params
+            self._turned = [n for n, (place, g) in pairs if not _same_order(params[place], g)]
         if self._turned:
             ours = list(ours)
-            for place in self._turned:
-                ours[place] = _like(ours[place], self.params[place])
+            for number in self._turned:
+                ours[number] = _like(ours[number], members.params[self.places[number]])
         return ours
 
 
@@ -111,17 +126,17 @@ class Plan:
         inner: Optimizer,
         cohorts: list[Cohort],
         members: Members,
-        origins: dict[Tensor, str],
     ) -> None:
-        self.cohorts, self.origins = cohorts, origins
+        self.cohorts = cohorts
         self.programs: tuple[Program, ...] | None = None
         self.fresh = True
         """Whether the launches at hand make states, which a next step will not."""
         self.batches: list[Batch] = []
-        self._params, self._kind = members.params, members.kind
+        self._kind = members.kind
+        self._ids = list(map(id, members.params))
         self._grad_dtypes = list(map(_dtype, members.grads))
-        self._weights = Guard(self._params)
-        self._addresses = list(map(Tensor.data_ptr, self._params))
+        self._weights = Guard(members.params)
+        self._addresses = list(map(Tensor.data_ptr, members.params))
         self._state = cast(dict[Any, Any], inner.state)
         self._all_entries = list(self._state.values())
         self._readers: list[tuple[Callable[[Any], Any], list[Entry]]] = []
@@ -129,32 +144,46 @@ class Plan:
         self._single: list[tuple[Entry, str, Tensor]] = []
         self._memory: list[Any] = []
         self._freed: list[Any] = []
-        self._full: list[Tensor] = []
+        self._full: list[int] = []
+        """Places of parameters with full masters."""
         self._versions: list[int] = []
+        this = weakref.ref(self)
 
-    def adopt(self, batches: list[Batch], programs: tuple[Program, ...]) -> None:
+        def drop() -> None:
+            plan = this()
+            if plan is not None:
+                plan.drop()
+
+        self.watch = Watch(members.params, drop)
+
+    def drop(self) -> None:
+        """Let go of everything: a parameter has died, and its states with it."""
+        self.cohorts, self.batches, self._all_entries = [], [], []
+        self._readers, self._stored, self._single = [], [], []
+
+    def adopt(
+        self, batches: list[Batch], programs: tuple[Program, ...], params: list[Tensor]
+    ) -> None:
         """Take the launches for these programs, one a cohort."""
-        place_of = {param: place for place, param in enumerate(self._params)}
         self._readers, self._single, self._full = [], [], []
         for batch in batches:
-            batch.ready(place_of)
+            batch.make_tables(len(params))
             names = [n for n in columns(batch.layout) if n != WEIGHT and "[" not in n]
             if names:
-                entries: list[Entry] = [self._state[param] for param in batch.params]
-                self._readers.append((itemgetter(*names), entries))
-                each = ((entry, name, entry[name]) for entry in entries for name in names)
+                self._readers.append((itemgetter(*names), batch.entries))
+                each = ((entry, name, entry[name]) for entry in batch.entries for name in names)
                 self._single += [held for held in each if held[2].numel() == 1]
             if batch.layout.master == "full":
-                self._full += batch.params
+                self._full += batch.places
         self.batches, self.programs = batches, programs
         self._stored = [list(map(read, entries)) for read, entries in self._readers]
         self._all_entries = list(self._state.values())
-        self._versions = list(map(_version, self._full))
-        self._watch(
+        self._versions = [params[place]._version for place in self._full]
+        self._watch_memory(
             tensor for batch in batches for held in batch.tensors for tensor in held.values()
         )
 
-    def _watch(self, tensors: Iterable[Tensor]) -> None:
+    def _watch_memory(self, tensors: Iterable[Tensor]) -> None:
         """Hear of it when memory is freed: `state.data = ...` moves a tensor, which stays itself.
 
         This costs a step nothing; to ask every state where it lies takes longer than all the rest.
@@ -164,20 +193,21 @@ class Plan:
 
     def holds(self, inner: Optimizer, members: Members) -> bool:
         """Whether the same parameters step and everything still lies where it lay."""
+        params = members.params
         return (
             not self._freed
+            and not self.watch.died
             and self._state is inner.state
             and (members.kind is self._kind or self._are_ours(members))
-            and self._weights.holds(self._params)
-            and list(map(Tensor.data_ptr, self._params)) == self._addresses
+            and self._weights.holds(params)
+            and list(map(Tensor.data_ptr, params)) == self._addresses
             and self._holds_states()
-            and list(map(_version, self._full)) == self._versions
+            and [params[place]._version for place in self._full] == self._versions
         )
 
     def _are_ours(self, members: Members) -> bool:
-        params, dtypes = members.params, list(map(_dtype, members.grads))
-        same = len(params) == len(self._params) and all(map(is_, params, self._params))
-        if not same or dtypes != self._grad_dtypes:
+        same = list(map(id, members.params)) == self._ids
+        if not same or list(map(_dtype, members.grads)) != self._grad_dtypes:
             return False
         self._kind = members.kind
         return True
@@ -194,11 +224,10 @@ class Plan:
         except Exception:
             return False
 
-    def touched(self, store: MasterStore) -> None:
+    def touched(self, params: list[Tensor]) -> None:
         """Kernels write behind autograd's back: tell it, as an operation in place would."""
-        torch.autograd.graph.increment_version(self._params)
-        store.written(self._full)
-        self._versions = list(map(_version, self._full))
+        torch.autograd.graph.increment_version(params)
+        self._versions = [params[place]._version for place in self._full]
 
 
 @dataclass(frozen=True)
@@ -208,6 +237,8 @@ class Prepared:
     plan: Plan
     members: Members
     recordings: list[Recording]
+    pending: Pending
+    """What the step changes on the host."""
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -223,9 +254,11 @@ def same_strides(entry: Entry, param: Tensor) -> None:
     for name in (MASTER, *elements_of(entry, param)):
         value = entry.get(name)
         if isinstance(value, Tensor) and value.stride() != param.stride():
-            if scale_key(name) in entry:
-                value = decode(value, entry.pop(scale_key(name)))
-            entry[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+            scales = scales_in(entry, name)
+            plain = value if scales is None else decode(value, scales)
+            entry[name] = torch.empty_like(param, dtype=plain.dtype).copy_(plain)
+            if scales is not None:
+                del entry[scale_key(name)]
 
 
 def hold(
@@ -234,27 +267,31 @@ def hold(
     param: Tensor,
     dtypes: dict[str, torch.dtype],
     after: RuleState,
-) -> list[tuple[Entry, str]]:
+) -> list[str]:
     """Make a parameter's tensors ready for a program; names those of its entry that are new."""
-    made: list[tuple[Entry, str]] = []
+    made: list[str] = []
     for name, shape in after.reduced.items():
         if name not in tensors:
             tensors[name] = entry[name] = torch.zeros(shape, device=param.device)
-            made.append((entry, name))
+            made.append(name)
     for name in (name for name in after.elements if name not in tensors):
-        tensors[name] = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
-        if "[" not in name:
-            entry[name] = tensors[name]
-            made.append((entry, name))
+        new = torch.empty_like(param, dtype=torch.float32, requires_grad=False)
         if dtypes.get(name, torch.float32) != torch.float32:
-            tensors[name].zero_()
+            new.zero_()
+        tensors[name] = new
+        if "[" not in name:
+            entry[name] = new
+            made.append(name)
     for name, dtype in dtypes.items():
-        if tensors[name].dtype != dtype or (scale_key(name) in entry) != (dtype in TOP):
-            plain = decode(tensors[name], entry.pop(scale_key(name), None))
+        scales = scales_in(entry, name)
+        if tensors[name].dtype != dtype or (scales is not None) != (dtype in TOP):
+            plain = decode(tensors[name], scales)
+            if scales is not None:
+                del entry[scale_key(name)]
             tensors[name], scales = encode(plain, dtype)
             entry[name] = tensors[name]
-            if scales is not None:
-                entry[scale_key(name)] = scales
+        if scales is not None:
+            entry[scale_key(name)] = scales.bfloat16()  # which a checkpoint may have widened
     return made
 
 

@@ -12,16 +12,19 @@ and takes the counting back (`settle`).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec import state_formats
-from mixprec.fused.alike import first_steps
+from mixprec.fused.admission import FusedAdmission
 from mixprec.fused.cohorts import (
     Cohort,
     Entry,
@@ -37,7 +40,6 @@ from mixprec.fused.members import NOBODY, Members
 from mixprec.fused.pending import Flag, Pending, change
 from mixprec.fused.plan import Batch, Plan, Prepared, hold, same_strides, stored
 from mixprec.fused.record import Recording
-from mixprec.fused.signs import non_negative_states
 from mixprec.fused.triton_emit import Layout
 from mixprec.masters import MasterStore
 from mixprec.state_formats import StateFormat, StateFormats, format_of
@@ -52,7 +54,7 @@ class FusedStep(FusedGroups):
         self, inner: Optimizer, store: MasterStore, fused: Fused, formats: StateFormats
     ) -> None:
         super().__init__(inner, store, fused, formats)
-        self._held: set[Tensor] = set()
+        self._held: Any = WeakIdKeyDictionary()
         """Parameters whose state is not as the rule itself would keep it."""
         self._plan: Plan | None = None
         self._pending: Pending | None = None
@@ -62,19 +64,22 @@ class FusedStep(FusedGroups):
         self.skips_in_a_row = 0
         """As far as the host has heard; windows of padding count too."""
 
-    def reset(self) -> None:
-        super().reset()
+    def forget_plan(self) -> None:
         self._plan = None
 
     def adopt(self, params: Iterable[Tensor]) -> None:
         """Take over the state of these parameters, which was loaded or copied."""
         self._pending = self._plan = self._captured = None
-        self._held = {param for param in params if param in self._inner.state}
+        self._held = WeakIdKeyDictionary({p: None for p in params if p in self._inner.state})
 
     # ---------------------------------------- a step
 
-    def prepare(self, members: Members, check: Callable[[Iterable[Tensor]], None]) -> Prepared:
+    def prepare(
+        self, members: Members, check: Callable[[Iterable[Tensor]], None], pending: Pending
+    ) -> Prepared:
         """This step's replays; `check` is given the parameters where they are new or have moved.
+
+        `pending` hears of every change before it is made, here and in what follows.
 
         When it raises NotFusible, no parameter has changed, and `split` gives a group fewer.
         """
@@ -86,10 +91,10 @@ class FusedStep(FusedGroups):
                     "step() is captured into a CUDA graph before its states and kernels were made. "
                     "Take three steps first, on a side stream, and leave parameters in place."
                 )
-            return Prepared(plan, members, [])
+            return Prepared(plan, members, [], pending)
         if plan is None or not plan.holds(self._inner, members):
             check(members.params)
-            plan = self._plan = self._planned(members)
+            plan = self._plan = self._planned(members, pending)
         recordings: list[Recording] = []
         for cohort in plan.cohorts:
             try:
@@ -99,74 +104,88 @@ class FusedStep(FusedGroups):
             program = recordings[-1].program
             if program not in self._admissions[cohort.index].programs:
                 self._admit_again(cohort.index, program)
-                return self.prepare(members, check)
-        return Prepared(plan, members, recordings)
+                return self.prepare(members, check, pending)
+        if not _keep_signs(plan, recordings):
+            plan.programs = ()  # states that are stored without a sign get one
+        return Prepared(plan, members, recordings, pending)
+
+    def make_ready(
+        self, prepared: Prepared, factor: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """All that may fail: states, tables, kernels, gradients in the right order of elements."""
+        plan, recordings = prepared.plan, prepared.recordings
+        if not prepared.members.capturing:
+            if plan.programs != prepared.programs:
+                prepared.pending.keep(self._inner.state, self._store, prepared.members.params)
+                plan.fresh = self._make_launches(plan, recordings, prepared.members)
+            for batch in plan.batches:
+                batch.set_scalars(recordings)
+        for batch in plan.batches:
+            batch.make_ready(prepared.members, factor, found_inf)
 
     def run(
         self,
         prepared: Prepared,
-        factor: Tensor | None,
         found_inf: Tensor | None,
         ran: Collection[int] = (),
     ) -> None:
-        """Launch and count. `ran` names the groups that the rule itself has counted already."""
-        plan, recordings = prepared.plan, prepared.recordings
-        if prepared.members.capturing:
-            self._capture(prepared, factor, found_inf)
-            return
-        pending = Pending(plan) if found_inf is not None else None
-        # On its way before the kernels: whoever reads it later need not wait for them.
-        flag = None if found_inf is None else Flag(found_inf)
-        if plan.programs != prepared.programs:
-            made = self._make_launches(plan, recordings)
-            plan.fresh = bool(made)
-            if pending is not None:
-                pending.made = made
+        """Count and launch. `ran` names the groups that the rule itself has counted already.
+
+        Launches come last: what is on the host can be taken back, and they cannot.
+        """
+        plan, members, pending = prepared.plan, prepared.members, prepared.pending
+        if not members.capturing:
+            # On its way before the kernels: whoever reads it later need not wait for them.
+            pending.flag = None if found_inf is None else Flag(found_inf)
+            self._count(prepared, ran)
+            plan.touched(members.params)
+            self._pending = pending if found_inf is not None else None
         for batch in plan.batches:
-            batch.set_scalars(recordings)
-            batch.run(prepared.members, factor, found_inf)
-        self._count(prepared, pending, ran)
-        plan.touched(self._store)
-        if pending is not None:
-            pending.flag = flag
-            self._pending = pending
+            batch.run(pending)
+        if members.capturing:  # nothing happens and nothing is counted until it is replayed
+            self._captured = plan, found_inf
+        pending.finished = True
 
-    def _capture(self, prepared: Prepared, factor: Tensor | None, found_inf: Tensor | None) -> None:
-        """Record the launches; nothing happens and nothing is counted until they are replayed."""
-        for batch in prepared.plan.batches:
-            batch.run(prepared.members, factor, found_inf)
-        self._captured = prepared.plan, found_inf
+    def take_back(self, pending: Pending) -> str:
+        """Undo what a step that was stopped has changed; says what is half done."""
+        if self._pending is pending:
+            self._pending = None
+        if pending.begun:
+            return "kernels were writing to parameters and states"
+        pending.undo(cast(dict[Any, Any], self._inner.state), self._store)
+        self._plan = None
+        self._candidates.clear()
+        return ""
 
-    def prepare_replay(self) -> None:
+    def prepare_replay(self, pending: Pending) -> None:
         """Give a captured step the numbers of the step that it is about to be; count it."""
         if self._captured is None:
             raise RuntimeError(
                 "prepare_replay() without a captured step: call step() inside of "
                 "torch.cuda.graph(...) first, with every parameter fused."
             )
-        self.settle()
         plan, found_inf = self._captured
-        try:
-            recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
-        except NotFusible:
-            recordings = []
-        prepared = Prepared(plan, NOBODY, recordings)
-        if prepared.programs != plan.programs:
+        recordings: list[Recording] = []
+        with suppress(NotFusible):
+            if self.is_current():
+                recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
+        prepared = Prepared(plan, NOBODY, recordings, pending)
+        if prepared.programs != plan.programs or not _keep_signs(plan, recordings):
             raise RuntimeError(
                 "the captured step is no longer what the rule does: it took another branch (the "
                 "end of RAdam's warm-up, an option that became 0). Capture the step again."
             )
-        pending = Pending(plan) if found_inf is not None else None
         for batch in plan.batches:
             batch.set_scalars(recordings)
-        self._count(prepared, pending, ())
-        plan.touched(self._store)
-        if pending is not None and found_inf is not None:
+        self._count(prepared, ())
+        plan.touched(plan.watch.tensors())
+        if found_inf is not None:
             pending.flag = Flag(found_inf, late=True)
             self._pending = pending
 
-    def _count(self, prepared: Prepared, pending: Pending | None, ran: Collection[int]) -> None:
-        state = cast(dict[Any, Any], self._inner.state)
+    def _count(self, prepared: Prepared, ran: Collection[int]) -> None:
+        state, pending = cast(dict[Any, Any], self._inner.state), prepared.pending
+        pending.keep_numbers(prepared.plan.cohorts)
         changes: list[tuple[str, dict[Any, Any], Mapping[Any, Any]]] = []
         for cohort, recording in zip(prepared.plan.cohorts, prepared.recordings, strict=True):
             cohort.set_state(recording.state)
@@ -179,6 +198,11 @@ class FusedStep(FusedGroups):
         for where, values, new in changes:
             change(where, values, new, pending, counted=where in done)
             done.append(where)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether `settle` will hear from the device what became of the last step."""
+        return self._pending is not None
 
     def settle(self) -> None:
         """Take the counting of the last step back if the device skipped it."""
@@ -203,7 +227,7 @@ class FusedStep(FusedGroups):
         self._plan = None
         group_of = {p: group for group in self._inner.param_groups for p in group["params"]}
         for param in chosen:
-            self._held.discard(param)
+            self._held.pop(param, None)
             entry = self._inner.state.get(param)
             if entry is not None:
                 plain = self.decoded(entry, param)
@@ -211,53 +235,65 @@ class FusedStep(FusedGroups):
                 entry.update(plain)
                 _place_step(entry, param, group_of.get(param, {}))
 
+    def considered(self, index: int) -> FusedAdmission | None:
+        held = [p for p in self._inner.param_groups[index]["params"] if p in self._held]
+        if index in self._admissions or not held:
+            return super().considered(index)
+        state = cast(dict[Any, Any], self._inner.state)
+        shown_to_a_trial = defaultdict[Any, Any](dict, state)
+        shown_to_a_trial.update((p, self.decoded(state[p], p)) for p in held if p in state)
+        self._inner.state = shown_to_a_trial
+        try:
+            return super().considered(index)
+        finally:
+            self._inner.state = cast(Any, state)
+
     def decoded(self, entry: Entry, param: Tensor) -> Entry:
         """An entry as the rule itself would keep it, see `cohorts.decoded`."""
-        bf16 = [n for n in entry if format_of(n, self.formats) == "bf16"] if self.formats else []
-        return decoded(entry, param, bf16)
+        return decoded(entry, param, self.formats)
 
     # ---------------------------------------- planning
 
-    def _planned(self, members: Members) -> Plan:
+    def _planned(self, members: Members, pending: Pending) -> Plan:
         state = cast(dict[Tensor, Entry], self._inner.state)
-        origins: dict[Tensor, str] = {}
+        pending.keep(state, self._store, members.params)
         for index, param in members.pairs:
-            origins[param] = "state" if state.get(param) else "new"
             if self._store.has(param):
-                origins[param] = self._store.origin(state, param)
-                self._store.put(state, param, self._store.take(state, param))
+                self._store.put(state, param, self._store.current(state, param))
             same_strides(state[param], param)
             self._probe(index, param)
-        self._merge_kinds()
-        found = [self._member(index, param, state[param]) for index, param in members.pairs]
-        stepping = set(members.params)
-        resting = [state[p] for p in self._held - stepping if p in state]
-        self._held |= stepping
-        return Plan(self._inner, form_cohorts(found, resting), members, origins)
+        found = [
+            self._member(index, place, param, state[param])
+            for place, (index, param) in enumerate(members.pairs)
+        ]
+        stepping = set(map(id, members.params))
+        resting = [state[p] for p in self._held if id(p) not in stepping and p in state]
+        self._held.update((param, None) for param in members.params)
+        return Plan(self._inner, form_cohorts(found, resting), members)
 
-    def _member(self, index: int, param: Tensor, entry: Entry) -> Member:
+    def _member(self, index: int, place: int, param: Tensor, entry: Entry) -> Member:
         admission = self._admissions[index]
-        counts_on_host(entry, admission.state_of(shown(entry), param))
-        state = admission.state_of(shown(entry), param)
-        return Member(index, param, entry, self._probe(index, param), state)
+        counts_on_host(entry, admission.state_of(shown(entry, self.formats), param))
+        state = admission.state_of(shown(entry, self.formats), param)
+        return Member(index, place, entry, self._probe(index, param), state)
 
-    def _make_launches(
-        self, plan: Plan, recordings: Sequence[Recording]
-    ) -> list[tuple[Entry, str]]:
-        """Launches for the programs of this step; names the states that it had to make."""
-        made: list[tuple[Entry, str]] = []
+    def _make_launches(self, plan: Plan, recordings: Sequence[Recording], members: Members) -> bool:
+        """Launches for the programs of this step; says whether it had to make states."""
+        made: list[str] = []
         batches: dict[Any, Batch] = {}
         for number, (cohort, recording) in enumerate(zip(plan.cohorts, recordings, strict=True)):
             dtypes = self._stored_dtypes(cohort, recording)
             program = recording.program
-            for place, param in enumerate(cohort.params):
-                entry, tensors = cohort.entries[place], cohort.tensors[place]
+            for member, place in enumerate(cohort.places):
+                param = members.params[place]
+                entry, tensors = cohort.entries[member], cohort.tensors[member]
                 made += hold(entry, tensors, param, dtypes, recording.state)
                 layout = self._layout(param, entry, tensors, dtypes, program.reduced)
                 batch = batches.setdefault((program, layout, param.device), Batch(program, layout))
-                batch.add(number, param, stored(layout, param, entry, tensors))
-        plan.adopt(list(batches.values()), tuple(r.program for r in recordings))
-        return made
+                batch.add(number, place, entry, stored(layout, param, entry, tensors))
+        programs = tuple(recording.program for recording in recordings)
+        plan.adopt(list(batches.values()), programs, members.params)
+        return bool(made)
 
     def _stored_dtypes(self, cohort: Cohort, recording: Recording) -> dict[str, torch.dtype]:
         """How the states of a cohort's program are stored, in the order of its state."""
@@ -269,10 +305,7 @@ class FusedStep(FusedGroups):
         }
         positive: frozenset[str] = frozenset()
         if "int8" in asked.values():
-            # From its first step on, and from where it is now.
-            steps = [(r.program, r.scalars) for r in first_steps(cohort.probe, 4)]
-            positive = non_negative_states([*steps, (program, recording.scalars)])
-            positive -= {n for n in positive if any(_negative(t, n) for t in cohort.tensors)}
+            positive = self._non_negative(cohort, recording)
         return {
             name: state_formats.stored_dtype(asked[name], non_negative=name in positive)
             for name in names
@@ -299,10 +332,10 @@ class FusedStep(FusedGroups):
         return replace(layout, aligned=all(address % 16 == 0 for address in where))
 
 
-def _negative(tensors: dict[str, Tensor], name: str) -> bool:
-    """Whether a state holds a negative number already; read once, when it is first encoded."""
-    value = tensors.get(name)
-    return value is not None and value.dtype != torch.uint8 and bool((value < 0).any())
+def _keep_signs(plan: Plan, recordings: Sequence[Recording]) -> bool:
+    """Whether states that are stored without a sign need none after this step either."""
+    pairs = zip(plan.cohorts, recordings, strict=True)
+    return all(cohort.keeps_signs(found.program, found.scalars) for cohort, found in pairs)
 
 
 def _place_step(entry: Entry, param: Tensor, group: dict[str, Any]) -> None:

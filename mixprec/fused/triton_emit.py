@@ -26,10 +26,12 @@ The source is for reading as well: `explain(source=True)` prints it.
 
 from __future__ import annotations
 
+import builtins
 import keyword
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -37,7 +39,7 @@ from mixprec.fused.program import BOOLEAN, GRAD, MASTER, NUMEL, Op, Program
 from mixprec.fused.stages import elements_for, kept_numbers, stages
 from mixprec.fused.triton_ops import expression
 from mixprec.masters import Storage
-from mixprec.state_formats import BLOCK, TOP, is_scale, scale_key
+from mixprec.state_formats import BLOCK, TOP, scale_key
 
 __all__ = ["Layout", "columns", "source"]
 
@@ -61,6 +63,11 @@ class Layout:
     states: tuple[tuple[str, torch.dtype], ...]
     aligned: bool = True
     reduced: tuple[str, ...] = ()
+
+    @cached_property
+    def coded(self) -> dict[str, str]:
+        """The states that are stored as codes, by the column of their scales."""
+        return {scale_key(name): name for name, dtype in self.states if dtype in TOP}
 
 
 def columns(layout: Layout) -> list[str]:
@@ -118,10 +125,14 @@ def smaller(a, b):
 
 
 class _Names:
-    """Identifiers for a program's values, whose names may hold primes and brackets."""
+    """Identifiers for a program's values, whose names may hold anything, and for what is theirs.
+
+    No two things have one identifier, and none has one that the templates here use.
+    """
 
     def __init__(self, program: Program, layout: Layout) -> None:
-        self._known: dict[str, str] = {}
+        self._known: dict[tuple[str, str], str] = {}
+        self._taken: set[str] = set()
         self.scalars = [f"s{index}" for index in range(program.num_scalars)]
         self.kept = kept_numbers(program)
         """Numbers of each tensor that kernels hand on to each other, in order."""
@@ -131,24 +142,32 @@ class _Names:
         for name in (MASTER, GRAD, *(state for state, _ in layout.states), *self.scalars):
             self(name)
 
-    def __call__(self, value: str) -> str:
-        if value not in self._known:
+    def __call__(self, value: str, role: str = "{}") -> str:
+        """The identifier of a value, or of what has this role for it, as in `{}_pointer`."""
+        if (value, role) not in self._known:
             prefix = "next_" if value.endswith("'") else ""
-            plain = prefix + re.sub(r"\W", "_", value.removesuffix("'"))
-            while plain in self._known.values() or plain in _RESERVED:
-                plain += "_"
-            self._known[value] = plain
-        return self._known[value]
+            plain = prefix + re.sub(r"[^0-9A-Za-z_]", "_", value.removesuffix("'"))
+            found = role.format(plain if re.match("[A-Za-z_]", plain) else f"v{plain}")
+            while found in self._taken or found in _RESERVED or _KERNEL.fullmatch(found):
+                found += "_"
+            self._known[value, role] = found
+            self._taken.add(found)
+        return self._known[value, role]
 
+
+_KERNEL = re.compile(r"(reduce[0-9]+|finish[0-9]+|step)(_rule|_block)?")
 
 _RESERVED = {
     *("weight", "row", "table", "chunks", "scalars", "factor", "found_inf", "lane", "mask", "tl"),
     *("start", "stop", "even", "last", "size", "triton", "libdevice", "split", "join", "code"),
     *("grads", "tensor", "first", "values", "scale", "remainder", "multiplier", "decode"),
     *("program", "part", "begin", "go", "numbers", "partial", "spans", "larger", "smaller"),
-    *("encode", "ALL", "BLOCK", "BLOCKS", "PART", "scale_lane", "scale_mask", "step"),
+    *("encode", "follow", "ALL", "BLOCK", "BLOCKS", "PART", "scale_lane", "scale_mask"),
+    *("weight_pointer", "grad_pointer"),
     *keyword.kwlist,
+    *dir(builtins),
 }
+"""What the templates call something else."""
 
 
 # ---------------------------------------- a pass over elements
@@ -215,9 +234,9 @@ def _given(this: _Pass, names: _Names) -> list[str]:
 
 def _block(this: _Pass, layout: Layout, names: _Names) -> str:
     reads = this.reads()
-    pointers = [_pointer(column, names) for column in columns(layout)]
+    pointers = [_pointer(column, layout, names) for column in columns(layout)]
     given = ["start", "stop", *pointers, "grad_pointer", "factor", *_numbers(this, names)]
-    results = ", ".join(f"new_{names(name)}" for name, _ in this.results)
+    results = ", ".join(names(name, _NEW) for name, _ in this.results)
     lines = [
         "lane = tl.arange(0, BLOCK)",
         "mask = start + lane < stop",
@@ -234,7 +253,7 @@ def _block(this: _Pass, layout: Layout, names: _Names) -> str:
     lines += [f"{results} = {this.name}_rule({', '.join(_given(this, names))}, BLOCK)"]
     if this.reductions:
         pairs = zip(this.reductions, this.results, strict=True)
-        parts = [_REDUCE[kind].format(f"new_{names(name)}") for kind, (name, _) in pairs]
+        parts = [_REDUCE[kind].format(names(name, _NEW), "mask") for kind, (name, _) in pairs]
         lines.append(f"return {', '.join(parts)}")
     else:
         lines += [line for name, _ in this.results for line in _store(name, layout, names)]
@@ -243,9 +262,9 @@ def _block(this: _Pass, layout: Layout, names: _Names) -> str:
 
 
 _REDUCE = {
-    "sum": "tl.sum(tl.where(mask, {}, 0.0), 0)",
-    "amax": 'tl.reduce(tl.where(mask, {}, float("-inf")), 0, larger)',
-    "amin": 'tl.reduce(tl.where(mask, {}, float("inf")), 0, smaller)',
+    "sum": "tl.sum(tl.where({1}, {0}, 0.0), 0)",
+    "amax": 'tl.reduce(tl.where({1}, {0}, float("-inf")), 0, larger)',
+    "amin": 'tl.reduce(tl.where({1}, {0}, float("inf")), 0, smaller)',
 }
 _JOIN = {
     "sum": "{0} + {1}",
@@ -260,12 +279,15 @@ def _numbers(this: _Pass, names: _Names) -> list[str]:
     return [names(name) for name in this.reads() if name in names.numbers]
 
 
-def _pointer(column: str, names: _Names) -> str:
+_NEW, _POINTER, _SCALE_POINTER = "new_{}", "{}_pointer", "{}_scale_pointer"
+
+
+def _pointer(column: str, layout: Layout, names: _Names) -> str:
     if column == WEIGHT:
         return "weight_pointer"
-    if is_scale(column):
-        return f"{names(column.removesuffix('.scale'))}_scale_pointer"
-    return f"{names(column)}_pointer"
+    if column in layout.coded:
+        return names(layout.coded[column], _SCALE_POINTER)
+    return names(column, _POINTER)
 
 
 def _loaded(pointer: str) -> str:
@@ -290,32 +312,37 @@ def _load_master(layout: Layout, names: _Names) -> list[str]:
     if layout.master == "none":
         return [f"{master} = {_loaded('weight_pointer')}"]
     if layout.master == "full":
-        return [f"{master} = {_loaded(f'{master}_pointer')}"]
-    return [f"{master} = join({_loaded('weight_pointer')}, {_loaded(f'{master}_pointer')})"]
+        rounded = f"{master}.to({_TYPES[layout.weight]})"
+        ties = layout.weight == torch.bfloat16
+        return [
+            f"{master} = {_loaded(names(MASTER, _POINTER))}",
+            f"{master} = follow({master}, {_loaded('weight_pointer')}, {rounded}, {ties})",
+        ]
+    stored = _loaded(names(MASTER, _POINTER))
+    return [f"{master} = join({_loaded('weight_pointer')}, {stored})"]
 
 
 def _load(name: str, dtype: torch.dtype, names: _Names) -> str:
     plain = names(name)
-    loaded = _loaded(f"{plain}_pointer")
+    loaded = _loaded(names(name, _POINTER))
     if dtype in TOP:
-        scale = f"tl.load({plain}_scale_pointer + scale_lane, mask=scale_mask)"
+        scale = f"tl.load({names(name, _SCALE_POINTER)} + scale_lane, mask=scale_mask)"
         return f"{plain} = decode({loaded}, {scale}, {TOP[dtype]}, BLOCK)"
     return f"{plain} = {loaded}" + ("" if dtype == torch.float32 else ".to(tl.float32)")
 
 
 def _store(name: str, layout: Layout, names: _Names) -> list[str]:
-    plain = names(name)
-    new = f"new_{plain}"
+    new, pointer = names(name, _NEW), names(name, _POINTER)
     if name == MASTER:
-        return _store_master(new, f"{plain}_pointer", layout)
+        return _store_master(new, pointer, layout)
     dtype = dict(layout.states)[name]
     if dtype not in TOP:
         cast = "" if dtype == torch.float32 else f".to({_TYPES[dtype]})"
-        return [_stored(f"{plain}_pointer", f"{new}{cast}")]
+        return [_stored(pointer, f"{new}{cast}")]
     return [
         f"code, scale = encode({new}, mask, {TOP[dtype]}, BLOCK)",
-        _stored(f"{plain}_pointer", "code"),
-        f"tl.store({plain}_scale_pointer + scale_lane, scale, mask=scale_mask)",
+        _stored(pointer, "code"),
+        f"tl.store({names(name, _SCALE_POINTER)} + scale_lane, scale, mask=scale_mask)",
     ]
 
 
@@ -350,6 +377,17 @@ def split(master):
     high = (bits + 0x8000) >> 16
     return high.to(tl.int16), (bits - (high << 16)).to(tl.int16)"""
 
+_FOLLOW = """\
+@triton.jit
+def follow(master, weight, rounded, TIES_AWAY: tl.constexpr):
+    # A weight that is neither rounding of its master was written by somebody: it wins.
+    bits = weight.to(tl.int16, bitcast=True)
+    same = rounded.to(tl.int16, bitcast=True) == bits
+    if TIES_AWAY:
+        away = (master.to(tl.int32, bitcast=True) + 0x8000) >> 16
+        same = same | (away.to(tl.int16) == bits)
+    return tl.where(same, master, weight.to(tl.float32))"""
+
 _CODECS = f"""\
 @triton.jit
 def decode(code, scale, TOP: tl.constexpr, BLOCK: tl.constexpr):
@@ -378,7 +416,7 @@ def encode(value, mask, TOP: tl.constexpr, BLOCK: tl.constexpr):
 
 def _shared(layout: Layout) -> list[str]:
     dtypes = {dtype for _, dtype in layout.states}
-    parts = [_SPLIT] if layout.master == "split" else []
+    parts = [{"split": _SPLIT, "full": _FOLLOW}[layout.master]] if layout.master != "none" else []
     return parts + ([_CODECS] if dtypes & TOP.keys() else [])
 
 
@@ -388,7 +426,7 @@ def _shared(layout: Layout) -> list[str]:
 def _kernel(this: _Pass, layout: Layout, names: _Names) -> str:
     align = "tl.multiple_of({}, 16)" if layout.aligned else "{}"
     pointers = {
-        _pointer(column, names): (f"row + {place}", _type(column, layout))
+        _pointer(column, layout, names): (f"row + {place}", _type(column, layout))
         for place, column in enumerate(columns(layout), start=FIRST_COLUMN)
     }
     pointers["grad_pointer"] = ("grads + tensor", _TYPES[layout.grad])
@@ -398,8 +436,8 @@ def _kernel(this: _Pass, layout: Layout, names: _Names) -> str:
     ]
     arguments = [*pointers, "multiplier", *_numbers(this, names)]
     call = f"{this.name}_block({{}}, {{}}, {', '.join(arguments)}, {{}})"
-    results = [f"{names(name)}_part" for name, _ in this.results]
-    sums = [f"{names(name)}_all" for name, _ in this.results]
+    results = [names(name, "{}_part") for name, _ in this.results]
+    sums = [names(name, "{}_all") for name, _ in this.results]
     pairs = list(zip(this.reductions, sums, results, strict=True)) if this.reductions else []
     joins = [f"{whole} = {_JOIN[kind].format(whole, part)}" for kind, whole, part in pairs]
     calls = [f"{', '.join(results)} = {call}", *joins] if pairs else [call]
@@ -478,7 +516,7 @@ def _finish(number: int, program: Program, layout: Layout, names: _Names) -> str
         nothing, name = _NOTHING[op.name], names(op.output)
         at = f"partial + {len(stage.reductions)} * (part + lane) + {place}"
         loaded = f"tl.load({at}, mask=part + lane < stop, other={nothing})"
-        whole = _REDUCE[op.name].format(name).replace("mask", "lane >= 0")
+        whole = _REDUCE[op.name].format(name, "lane >= 0")
         body += [
             f"{name} = tl.full([PART], {nothing}, tl.float32)",
             "for part in range(begin, stop, PART):",
@@ -509,7 +547,7 @@ def _reduced(name: str, layout: Layout) -> str:
 
 
 def _type(column: str, layout: Layout) -> str:
-    if is_scale(column):
+    if column in layout.coded:
         return _TYPES[torch.bfloat16]
     if column == WEIGHT:
         return "tl.int16" if layout.master == "split" else _TYPES[layout.weight]
