@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from mixprec.gradients import local
+from mixprec.masters import LOW
 from mixprec.names import Groups, names_of
 from mixprec.state_formats import check_formats
 
@@ -63,14 +65,16 @@ def check_options(
         )
 
 
-def check_parameters(groups: Groups, masters: str) -> None:
+def check_parameters(groups: Groups, masters: str, fused: object) -> None:
     """Refuse what cannot be stepped on masters.
 
     Raises:
         TypeError: for dtypes other than FP32, FP64, BF16 and FP16, and for DTensors.
-        ValueError: for overlapping memory, and where masters="split" cannot be had.
+        ValueError: for parameters of lazy modules that are not made yet, for overlapping memory,
+            and where masters="split" cannot be had.
     """
-    named = list(names_of(groups))
+    _check_made(groups)
+    named = _once(list(names_of(groups)), fused)
     for param, name in named:
         if local(param) is not param:
             raise TypeError(
@@ -99,6 +103,19 @@ def check_parameters(groups: Groups, masters: str) -> None:
     _check_memory(named)
 
 
+def _check_made(groups: Groups) -> None:
+    """Refuse what a lazy module will make in its first forward: it has no shape to look at."""
+    for index, group in enumerate(groups):
+        for place, param in enumerate(group["params"]):
+            if is_lazy(param):
+                names = group.get("param_names")
+                name = names[place] if names else f"param_groups[{index}]['params'][{place}]"
+                raise ValueError(
+                    f"{name} is not initialised: a lazy module makes its parameters in its first "
+                    f"forward. Run one batch through the model, then make the optimizer."
+                )
+
+
 def check_weights(groups: Groups) -> None:
     """Refuse weights that hold NaN, which every master would copy. Reads the device once.
 
@@ -115,6 +132,23 @@ def check_weights(groups: Groups) -> None:
         f"{name} holds NaN in {count} of {param.numel()} elements before the first step; masters "
         f"would keep it for ever. Initialise or load the model before stepping."
     )
+
+
+def _once(named: Sequence[tuple[Tensor, str]], fused: object) -> list[tuple[Tensor, str]]:
+    """Every parameter once. Torch warns of one that is in a group twice, and steps it twice."""
+    first: dict[int, tuple[Tensor, str]] = {}
+    for param, name in named:
+        if id(param) not in first:
+            first[id(param)] = (param, name)
+        elif param.dtype in LOW or fused is True:
+            low = param.dtype in LOW
+            why = "has one master" if low else "is stepped by one launch (fused=True)"
+            raise ValueError(
+                f"{name} is {first[id(param)][1]} once more, and torch would step it twice; it "
+                f"{why} and can be stepped once. Drop one of the two, for example with "
+                f"list(dict.fromkeys(params))."
+            )
+    return list(first.values())
 
 
 def _check_memory(named: Sequence[tuple[Tensor, str]]) -> None:

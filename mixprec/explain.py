@@ -4,33 +4,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from mixprec.admission import Admission
 from mixprec.masters import Storage
 
-_COST = {"full": "FP32 masters, 4 B/param", "split": "split masters, 2 B/param"}
+_COST = {
+    "full": "FP32 masters, 4 B/param",
+    "split": "split masters, 2 B/param",
+    "frozen": "frozen, no masters until they step",
+    "none": "no masters, stepped as by the rule alone",
+}
 
 
 def explain(
     name: str,
     groups: Sequence[Mapping[str, Any]],
     admission: Admission | None,
-    storage: Callable[[Tensor], Storage],
+    storage: Callable[[Tensor], Storage | Literal["frozen"]],
     bucket_numel: int | None,
     fused: Callable[[int], str],
     details: Sequence[str],
+    refusal: str = "",
 ) -> str:
-    """How the rule runs and why, a line for each group and dtype, how each is fused, `details`."""
-    lines = [f"MixedPrecision around {name}", f"  {_manner(admission, bucket_numel)}"]
+    """How the rule runs and why, a line for each group and dtype, how each is fused, `details`.
+
+    `refusal` is what a step would raise instead.
+    """
+    manner = f"step() will refuse: {refusal}" if refusal else _manner(admission, bucket_numel)
+    lines = [f"MixedPrecision around {name}", f"  {manner}"]
     for index, group in enumerate(groups):
         counts: Counter[tuple[str, str]] = Counter()
         numel: Counter[tuple[str, str]] = Counter()
         for param in group["params"]:
             dtype = str(param.dtype).removeprefix("torch.")
-            kind = (dtype, _COST.get(storage(param), "no masters, stepped as by the rule alone"))
+            kind = (dtype, "not stepped" if refusal else _COST[storage(param)])
             counts[kind] += 1
             numel[kind] += param.numel()
         for (dtype, cost), count in counts.items():
@@ -39,7 +49,7 @@ def explain(
                 f"  param_groups[{index}]: {count} {dtype} {plural}, "
                 f"{numel[dtype, cost]:,} parameters: {cost}"
             )
-        if counts:
+        if counts and not refusal:
             lines.append(f"  param_groups[{index}] is {fused(index)}")
     return "\n".join([*lines, *(f"  {detail}" for detail in details)])
 

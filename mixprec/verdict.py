@@ -5,6 +5,9 @@
 
 The clip coefficient is that of `torch.nn.utils.clip_grad_norm_`. A power of two in the factor is
 exact, so a loss scale leaves no trace in FP32 and BF16.
+
+The factor is judged with the gradients. It is usable if it is above 0 and finite once it is rounded
+to what it multiplies, and if the norm of the product is finite there: no element is larger.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mixprec.gradients import grad_norm, nonfinite_names
+from mixprec.gradients import are_zero, grad_norm, nonfinite_names, part_norms
 
 
 @dataclass(frozen=True)
@@ -25,86 +28,81 @@ class Verdict:
     norm: Tensor
     factor: Tensor | None = None
     finite: Tensor | bool = True
+    """Whether the gradients are, before they are multiplied."""
+    usable: Tensor | bool = True
+    """Whether anything was counted and the factor is usable; true where gradients are to blame."""
     counted: Tensor | bool = True
     """False for an empty window, which says nothing about overflow."""
+    zero: Tensor | bool = False
+    """Whether every gradient is exactly 0."""
+    absent: bool = False
+    """Whether no parameter has a gradient; the rule runs and finds nothing to do."""
     found_inf: Tensor | None = None
     """1.0 where the rule has to skip by itself, on the device."""
     recorded: bool = False
-    """Whether the device has entered it into the skip counts already."""
+    """Whether the device has entered it into the step counts already."""
+    parts: tuple[Tensor, Sequence[int]] | None = None
+    """The norms of parts of the gradients and whose they are, where the host does not know."""
 
     @property
     def go(self) -> bool:
         """Whether to call the rule."""
-        return self.found_inf is not None or (bool(self.finite) and bool(self.counted))
+        if self.found_inf is not None:
+            return True
+        return bool(self.finite) and bool(self.usable) and bool(self.counted)
 
     def on_host(self) -> Verdict:
         """The same, read by the host, which waits for the device where it does not know."""
-        finite, counted = bool(self.finite), bool(self.counted)
-        return replace(self, finite=finite, counted=counted, found_inf=None)
+        finite, usable, counted = bool(self.finite), bool(self.usable), bool(self.counted)
+        zero = bool(self.zero)
+        return replace(
+            self, finite=finite, usable=usable, counted=counted, zero=zero, found_inf=None
+        )
 
     @property
     def overflowed(self) -> Tensor | bool:
-        """Whether something was counted and it was not finite."""
-        if isinstance(self.finite, Tensor):
-            return self.finite.logical_not() & self.counted
-        return not self.finite and bool(self.counted)
-
-
-class SkipCounts:
-    """Steps skipped for overflow, in all and in a row; on the device once the device decides.
-
-    >>> counts = SkipCounts()
-    >>> for overflowed in (True, False, True, True):
-    ...     counts.add(overflowed)
-    >>> counts.total, counts.in_a_row
-    (3, 2)
-    """
-
-    def __init__(self) -> None:
-        self._counts: Tensor = torch.zeros(2, dtype=torch.int64)
-        self._in_a_row = False
-        """Whether there may be skips in a row to end."""
-
-    def on(self, device: torch.device) -> Tensor:
-        """`[2]` int64 on `device`, to be moved on by whoever judges there."""
-        if self._counts.device != device:
-            source = self._counts.pin_memory() if device.type == "cuda" else self._counts
-            self._counts = source.to(device, non_blocking=True)
-        self._in_a_row = True
-        return self._counts
-
-    def add(self, overflowed: Tensor | bool) -> None:
-        if overflowed is False and not self._in_a_row:
-            return
-        self._in_a_row = overflowed is not False
-        if isinstance(overflowed, Tensor):
-            overflowed = overflowed.to(self.on(overflowed.device).dtype)
-        total, in_a_row = self._counts
-        moved = torch.stack([total + overflowed, (in_a_row + overflowed) * overflowed])
-        self._counts.copy_(moved)
+        """Whether something was counted, and it or its factor was not finite."""
+        fine = _and(self.finite, self.usable)
+        return _and(not fine if isinstance(fine, bool) else fine == 0, self.counted)
 
     @property
-    def total(self) -> int:
-        """May wait for the device, as `in_a_row` may."""
-        return int(self._counts[0])
+    def held(self) -> Tensor | bool:
+        """Whether there was anything to step with: tokens, and gradients."""
+        return _and(self.counted, not self.absent)
 
     @property
-    def in_a_row(self) -> int:
-        return int(self._counts[1])
+    def tells(self) -> Tensor | bool:
+        """Whether it says anything about a loss scale."""
+        return _and(self.usable, not self.absent)
+
+
+def _and(left: Tensor | bool, right: Tensor | bool) -> Tensor | bool:
+    """Both flags, by the host where one of them settles it."""
+    if isinstance(left, bool):
+        return right if left else False
+    if isinstance(right, bool):
+        return left if right else False
+    return (left != 0) & (right != 0)
 
 
 def no_gradients() -> Verdict:
     """The verdict where no parameter has a gradient: the rule runs and finds nothing to do."""
-    return Verdict(norm=torch.zeros(()))
+    return Verdict(norm=torch.zeros(()), absent=True)
 
 
 def unjudged(factor: Tensor | None, counted: Tensor | bool, *, on_device: bool) -> Verdict:
-    """The verdict on gradients that nobody looks at: what is in them goes into the weights."""
+    """The verdict on gradients that nobody looks at: what is in them goes into the weights.
+
+    The factor is one number, so it is looked at all the same.
+    """
     unknown = torch.full((), float("nan"))
-    if on_device and isinstance(counted, Tensor):
-        skip = counted.logical_not().to(torch.float32)
-        return Verdict(unknown, factor, counted=counted, found_inf=skip)
-    return Verdict(unknown, factor, counted=counted)
+    if factor is None:
+        return Verdict(unknown, factor, counted=counted)
+    usable = _is_number(factor, torch.float32) & counted
+    if not on_device:
+        return Verdict(unknown, factor, usable=usable, counted=counted).on_host()
+    skip = usable.logical_not().to(torch.float32)
+    return Verdict(unknown, factor, usable=usable, counted=counted, found_inf=skip)
 
 
 def judge(
@@ -134,7 +132,8 @@ def judge(
     """
     if not grads:
         return no_gradients()
-    norm = grad_norm(grads)
+    parts, owners = part_norms(grads)
+    norm = torch.linalg.vector_norm(parts)
     if isinstance(counted, Tensor):
         flag = counted.to(norm.device)
     else:
@@ -143,14 +142,48 @@ def judge(
     if external_found_inf is not None:
         finite = finite & (external_found_inf.to(norm.device).reshape(()) == 0)
     verdict = _clipped(norm, factor, max_grad_norm)
+    usable = flag if factor is None else flag & (_fits(norm, verdict, grads) | ~finite)
+    zero = norm == 0
     if on_device:
-        skip = (finite & flag).logical_not().to(torch.float32)
-        return replace(verdict, finite=finite, counted=flag, found_inf=skip)
-    code = int((finite + 2 * flag).item())
-    if code == 2 and external_found_inf is None and not nonfinite_names(("", g) for g in grads):
+        return replace(
+            verdict,
+            finite=finite,
+            usable=usable,
+            counted=flag,
+            zero=zero,
+            found_inf=(finite & usable).logical_not().to(torch.float32),
+            parts=(parts, owners),
+        )
+    code = int((finite + 2 * flag + 4 * usable + 8 * zero).item())
+    is_finite, is_counted = bool(code & 1), bool(code & 2)
+    overflow = is_counted and not is_finite and external_found_inf is None
+    if overflow and not nonfinite_names(("", g) for g in grads):
         # All are finite, but the sum of their squares left FP32. FP64 has room for it.
-        return _clipped(grad_norm([grad.double() for grad in grads]), factor, max_grad_norm)
-    return replace(verdict, finite=bool(code & 1), counted=bool(code & 2))
+        norm = grad_norm([grad.double() for grad in grads])
+        verdict = _clipped(norm, factor, max_grad_norm)
+        return replace(verdict, usable=factor is None or bool(_fits(norm, verdict, grads)))
+    return replace(
+        verdict,
+        finite=is_finite,
+        usable=bool(code & 4),
+        counted=is_counted,
+        zero=bool(code & 8) and are_zero(grads),  # the squares may have left FP32 below
+    )
+
+
+def _fits(norm: Tensor, verdict: Verdict, grads: Sequence[Tensor]) -> Tensor:
+    """Whether gradients of this norm can be multiplied by the factor in their own precision."""
+    factor = verdict.factor
+    assert factor is not None
+    wide = all(grad.dtype == torch.float64 for grad in grads)
+    dtype = torch.float64 if wide else torch.float32
+    return _is_number(factor, dtype) & ((norm * factor).to(dtype) < torch.inf)
+
+
+def _is_number(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether it is above 0 and finite in the precision that it multiplies in."""
+    factor = factor.to(dtype)
+    return (factor > 0) & (factor < torch.inf)
 
 
 def _clipped(norm: Tensor, factor: Tensor | None, max_grad_norm: float | None) -> Verdict:

@@ -21,7 +21,8 @@ from mixprec.fused.program import BOOLEAN, OPERATIONS, Op, Program
 from mixprec.fused.record import Probe, RuleState
 from mixprec.fused.triton_emit import WEIGHT, Layout
 from mixprec.state_formats import encode, scale_key
-from mixprec.verdict import SkipCounts, judge
+from mixprec.step_counts import StepCounts
+from mixprec.verdict import judge
 
 pytestmark = [
     pytest.mark.gpu,
@@ -224,7 +225,7 @@ def test_the_judgement_of_one_launch_is_that_of_its_twin(
     dtype: torch.dtype, case: dict[str, Any], wrong: float | None
 ) -> None:
     given = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in case.items()}
-    device_judge, counts, twins = DeviceJudge(), SkipCounts(), SkipCounts()
+    device_judge, counts, twins = DeviceJudge(), StepCounts(), StepCounts()
     grads: list[Tensor] = []
     for turn in range(3):
         grads = [randn(s, turn + i, 0.1).to(dtype) for i, s in enumerate((*SIZES, 3_000_001))]
@@ -238,9 +239,9 @@ def test_the_judgement_of_one_launch_is_that_of_its_twin(
         right = judge(grads, options.pop("factor", None), on_device=True, **options)
         assert right.found_inf is not None and found.found_inf is not None
         assert float(found.found_inf) == float(right.found_inf)
-        twins.add(right.overflowed)
+        twins.add(right.overflowed, right.held, right.zero, right.usable)
         assert bool(found.overflowed) == bool(right.overflowed)
-        assert (counts.total, counts.in_a_row) == (twins.total, twins.in_a_row)
+        assert counts.now() == twins.now()
         if float(found.found_inf) == 0:
             wide = torch.cat([grad.double().flatten() for grad in grads]).norm()
             exact = float(wide) * abs(float(given.get("factor", torch.ones(()))))

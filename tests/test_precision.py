@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -450,3 +451,33 @@ def test_complex_tensors_are_refused_outside_islands_and_untouched_inside() -> N
     cast_model(model, "bf16", keep_fp32=("spectral",))
     assert dtypes(model)["spectral.weight"] == torch.complex64
     assert dtypes(model)["linear.weight"] == torch.bfloat16
+
+
+def shard_as_the_page_says(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        return cast_model(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), inner), "bf16")
+
+    whole, model, mesh = made(), made(), init_device_mesh("cpu", (2,))
+    for module in model.modules():
+        if any(p.dtype == torch.float32 for p in module.parameters(recurse=False)):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    x = torch.randn(4, 8).bfloat16()  # the same on both ranks, so the mean of gradients is each
+    outputs = [each(x) for each in (whole, model)]
+    for output in outputs:
+        output.float().sum().backward()
+    assert torch.equal(*outputs)
+    for p, sharded in zip(whole.parameters(), model.parameters(), strict=True):
+        assert p.dtype == sharded.dtype and p.grad is not None
+        grad: Any = sharded.grad
+        torch.testing.assert_close(grad.full_tensor(), p.grad)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_cast_model_is_sharded_with_its_islands_apart() -> None:
+    on_ranks(shard_as_the_page_says)

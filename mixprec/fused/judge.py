@@ -28,7 +28,8 @@ from mixprec.fused.launch import (
     module_of,
     upload,
 )
-from mixprec.verdict import SkipCounts, Verdict
+from mixprec.step_counts import StepCounts
+from mixprec.verdict import Verdict
 
 __all__ = ["DeviceJudge"]
 
@@ -87,13 +88,29 @@ def judge(
         if max_norm is not None:
             clip = max_norm / (wide + 1e-6)
             multiplier = tl.where(clip < 1.0, clip, 1.0) * multiplier
-        go = is_finite & is_counted
-        overflow = (is_counted & (is_finite == False)).to(tl.int64)
-        tl.store(verdict + 1, multiplier.to(tl.float32))
+        narrow = multiplier.to(tl.float32)
+        is_usable = is_counted
+        if factor is not None:
+            largest = (norm.to(tl.float64) * multiplier).to(tl.float32)
+            fits = (narrow > 0) & (narrow < float("inf")) & (largest < float("inf"))
+            is_usable = is_counted & (fits | (is_finite == False))
+        go = is_finite & is_usable
+        overflow = (is_counted & (go == False)).to(tl.int64)
+        empty = (is_counted == False).to(tl.int64)
+        is_zero = norm == 0
+        tl.store(verdict + 1, narrow)
         tl.store(verdict + 2, tl.where(go, 0.0, 1.0))
         tl.store(verdict + 3, tl.where(is_finite, 1.0, 0.0))
+        tl.store(verdict + 4, tl.where(is_usable, 1.0, 0.0))
+        tl.store(verdict + 5, tl.where(is_zero, 1.0, 0.0))
         tl.store(counts, tl.load(counts) + overflow)
-        tl.store(counts + 1, (tl.load(counts + 1) + overflow) * overflow)
+        tl.store(counts + 1, tl.load(counts + 1) * (overflow + empty) + overflow)
+        tl.store(counts + 2, tl.load(counts + 2) + go.to(tl.int64))
+        tl.store(counts + 3, tl.load(counts + 3) + empty)
+        tl.store(counts + 4, tl.load(counts + 4) * empty + empty)
+        tl.store(counts + 5, tl.load(counts + 5) + (go & is_zero).to(tl.int64))
+        unusable = (is_counted & (is_usable == False)).to(tl.int64)
+        tl.store(counts + 6, tl.load(counts + 6) + unusable)
 """
 
 
@@ -130,6 +147,8 @@ class DeviceJudge:
             return False
         if not set(map(_kind, grads)) == {(first.dtype, first.device, torch.strided)}:
             return False
+        if not any(map(Tensor.numel, grads)):
+            return False  # a norm of 0 would be taken for gradients that are 0
         if any(gradients.local(grad) is not grad for grad in grads if type(grad) is not Tensor):
             return False
         return all(map(Tensor.is_contiguous, grads)) or all(map(is_dense, grads))
@@ -142,7 +161,7 @@ class DeviceJudge:
         counted: Tensor | None,
         external_found_inf: Tensor | None,
         max_grad_norm: float | None,
-        counts: SkipCounts,
+        counts: StepCounts,
     ) -> Verdict:
         """The verdict, all on the device; `counts` move on by it.
 
@@ -166,9 +185,12 @@ class DeviceJudge:
             norm=result[0],
             factor=result[1] if changed else None,
             finite=result[3],
+            usable=True if factor is None and counted is None else result[4],
+            zero=result[5],
             counted=True if counted is None else counted,
             found_inf=result[2],
             recorded=True,
+            parts=(self._table.partial, self._table.owners),
         )
 
 
@@ -182,10 +204,11 @@ class _Table:
         self.numels, self.device = numels, device
         self._numels = upload(numels, torch.int64, device)
         chunks = chunk_table(numels, _BLOCK * _BLOCKS)
-        if not len(chunks):
-            chunks = torch.zeros(1, 2, dtype=torch.int32)
         self._chunks = upload(chunks, torch.int32, device)
-        self._partial = torch.empty(len(self._chunks), dtype=torch.float32, device=device)
+        self.owners: list[int] = chunks[:, 0].tolist()
+        """The tensor of each program of the grid."""
+        self.partial = torch.empty(len(self._chunks), dtype=torch.float32, device=device)
+        """The sum of squares that each program found last, not finite where its tensor was not."""
         self._finished = torch.zeros((), dtype=torch.int32, device=device)
         self._addresses = Addresses(device)
 
@@ -193,14 +216,14 @@ class _Table:
         import triton.language as tl  # pyright: ignore[reportMissingImports]
 
         factor, counted, external, max_norm, counts = arguments
-        verdict = torch.empty(4, dtype=torch.float32, device=self.device)
+        verdict = torch.empty(6, dtype=torch.float32, device=self.device)
         grads, addresses = self._addresses.of(grads)
         with on_device(self.device):
             _kernel()[(len(self._chunks),)](
                 addresses,
                 self._numels,
                 self._chunks,
-                self._partial,
+                self.partial,
                 self._finished,
                 factor,
                 counted,
