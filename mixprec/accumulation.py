@@ -27,17 +27,22 @@ until the step; a window of one does not.
 
 from __future__ import annotations
 
-import operator
-import warnings
-from dataclasses import dataclass, field
-from functools import cache
+import copy
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from mixprec.late_sums import LateSums
+from mixprec.names import listed, names_of
 from mixprec.plain_step import check_plain, is_mixed_precision, refuse_closure_rule, step_plain
+from mixprec.said import Said
+from mixprec.same_tokens import RankTwins, refuse_meshes
+from mixprec.token_counts import add_up, check_declared, count_of, sum_over_ranks
+from mixprec.window import Window
+from mixprec.window_losses import loss_of, sum_of
+from mixprec.wrapped import inside_of
 
 __all__ = ["GradientAccumulator"]
 
@@ -59,17 +64,12 @@ class _MixedPrecision(Protocol):
     def step(self, *, grad_factor: Tensor) -> Any: ...
 
 
-@dataclass
-class _Window:
-    """Micro-batches since the last step."""
+_WINDOWS_IN_A_ROW = 10
+"""So many windows in a row without a token are said: one or two happen, ten are a mistake."""
 
-    declared: int | Tensor | None = None
-    counts: list[int | Tensor] = field(default_factory=list[int | Tensor])
-    losses: list[Tensor] = field(default_factory=list[Tensor])
-    complete: bool = False
-    scaler_moves: int = 0
-    grad_dtypes: list[tuple[Tensor, torch.dtype | None]] | None = None
-    """What the parameters' `grad_dtype` was before this window made it FP32; None if it has not."""
+_LARGEST_PRESUMED = 2**40
+
+_LOW = (torch.bfloat16, torch.float16)
 
 
 class GradientAccumulator:
@@ -126,6 +126,7 @@ class GradientAccumulator:
         grad_reduction: Literal["mean", "sum"] | None = None,
         process_group: Any = None,
     ) -> None:
+        optimizer = inside_of(optimizer)
         if presumed_tokens is None:
             presumed_tokens = 1 if _is_unit_scaled(optimizer) else 2**18
         _check_presumed(presumed_tokens)
@@ -146,32 +147,38 @@ class GradientAccumulator:
         self._fp32_sums = fp32_sums
         self._grad_reduction = grad_reduction
         self._process_group = process_group
-        self._window = _Window()
-        self._warned = False
+        self._window = Window()
+        self._twins = RankTwins()
+        self._tokens_lately = LateSums(_WINDOWS_IN_A_ROW)
+        self._skips_lately = LateSums(_WINDOWS_IN_A_ROW)
+        self._said = Said()
+        _say_narrow_grads(optimizer, self._said)
 
     @property
     def loss_scaler(self) -> _LossScaler | None:
         """The scaler in use, MixedPrecision's or the one given; None without loss scaling."""
         return getattr(self.optimizer, "loss_scaler", self._loss_scaler)
 
-    def start(self, num_tokens: Tensor | int) -> None:
+    def start(self, num_tokens: Tensor | float) -> None:
         """Begin a window whose T is known: each micro-batch is divided by it on the spot.
 
         For losses with denominators of their own, `loss_sum + other_sum * (T / other_T)`, and for
         hooks that need the mean's gradient during the backward. Elsewhere leave it out: 1/T rounds
-        in 16 bits. Micro-batch counts that the host knows must add up to T.
+        in 16 bits. Over several ranks T is that of all, the same number on each. The window has to
+        hold T tokens; where only the device knows, it is the device that raises.
         """
-        if self._window.counts:
+        window = self._usable_window()
+        if window.counts:
             raise RuntimeError(
-                f"start() after {len(self._window.counts)} micro-batches that were not divided by "
+                f"start() after {len(window.counts)} micro-batches that were not divided by "
                 f"this count; call it first in a window, or reset() to drop them"
             )
-        self._window.declared = _count(num_tokens)
+        window.declared = count_of(num_tokens)
 
     def backward(
         self,
         loss_sum: Tensor,
-        num_tokens: Tensor | int,
+        num_tokens: Tensor | float,
         *,
         last: bool = True,
         aux_loss: Tensor | None = None,
@@ -183,29 +190,41 @@ class GradientAccumulator:
                 bits. Without tokens a sum is 0 and adds nothing; the mean of no tokens is NaN, and
                 stays one in the window's loss.
             num_tokens: targets in that sum, counted as the loss counts them: after shifting, and
-                without padding. An int, or an integer tensor, which is not read back.
+                without padding. A whole number, or a tensor of one, which is not read back.
             last: False if more micro-batches follow in this window. FP32 sums then start with this
                 one; `step` refuses until one came without it.
             aux_loss: scalar that is a mean already, such as a router's balance loss. It is weighted
                 by `num_tokens`: the window's is the mean over tokens.
+
+        Raises:
+            RuntimeError: if the loss depends on none of the optimizer's parameters; if gradients
+                of the window were cleared, or added to by another backward pass; if an earlier
+                backward failed half-way, or a scaler has multiplied the loss already.
         """
         self._check_ranks()
-        count = _count(num_tokens)
-        loss = _scalar("loss_sum", loss_sum)
-        if aux_loss is not None:
-            loss = loss + _scalar("aux_loss", aux_loss) * count
-        if not loss.requires_grad:
-            raise RuntimeError(
-                "loss_sum has no graph, so nothing would be learned from this micro-batch; compute "
-                "it from the model's output outside of torch.no_grad() and do not detach it"
-            )
+        window = self._usable_window()
+        count = count_of(num_tokens)
+        loss = loss_of(loss_sum, count, aux_loss)
+        if window.is_open:
+            window.check(self._said)
         scaled = self._scaled(loss)
-        self._widen_grads(last)
+        if not window.is_open:
+            window.open(self, self.optimizer, self._said)
+        window.failed = (
+            f"the backward of micro-batch {len(window.counts) + 1} did not get to its end"
+        )
+        if self._fp32_sums and window.grad_dtypes is None and (window.counts or not last):
+            window.widen()
         scaled.backward()
-        window = self._window
+        reached, frozen = window.take_in()
+        if not reached:
+            self._raise_unreached()
         window.losses.append(loss.detach())
         window.counts.append(count)
         window.complete = last
+        window.failed = ""
+        if frozen:
+            self._said.warn("frozen", frozen)
 
     def step(self) -> Tensor:
         """Step the optimizer on the window's gradients; clear them; return the window's mean loss.
@@ -214,9 +233,9 @@ class GradientAccumulator:
         losses: what was optimised. A window without tokens changes nothing, the loss scale neither,
         and its mean is NaN: there was no loss, and a 0 would look like one. A window with
         non-finite gradients is skipped. The next window starts empty in every case, also after an
-        error raised by the optimizer.
+        error raised here or by the optimizer.
         """
-        window = self._window
+        window = self._usable_window()
         if not window.complete:
             raise RuntimeError(
                 f"step() after {len(window.counts)} micro-batches, the latest with last=False: "
@@ -225,22 +244,52 @@ class GradientAccumulator:
                 else "step() before any micro-batch; call backward(loss_sum, num_tokens) first"
             )
         try:
-            _check_declared(window)
-            tokens, total = self._over_ranks(_token_sum(window), _loss_sum(window))
+            window.check(self._said, at_step=True)
+            self._check_scale(self.loss_scaler)
+            total = sum_of(window.losses)
+            tokens, total = self._over_ranks(add_up(window.counts, total.device), total)
+            check_declared(tokens, window.declared)
             self.num_tokens = tokens
             self.loss = torch.where(tokens > 0, total / tokens, torch.nan)
-            self._step_optimizer(self._factor(tokens, total.dtype))
+            factor = self._factor(tokens, total.dtype)
+            window.spent = True
+            window.unguard()
+            self._step_optimizer(factor)
+            self._say_empty(tokens)
         finally:
             self.reset()
         return self.loss
 
     def reset(self) -> None:
-        """Drop the window: gradients, counts and losses. For a backward that failed half-way."""
-        self.optimizer.zero_grad(set_to_none=True)
-        for param, grad_dtype in self._window.grad_dtypes or ():
-            param.grad = None
-            param.grad_dtype = grad_dtype
-        self._window = _Window()
+        """Drop the window: gradients, counts and losses. For a backward that failed half-way.
+
+        If it is interrupted itself, the next call of any method goes through with it.
+        """
+        self._window.spent = True
+        try:
+            self.optimizer.zero_grad(set_to_none=True)
+        finally:
+            self._window.close()
+            self._window = Window()
+
+    def _usable_window(self) -> Window:
+        if self._window.spent:
+            self.reset()
+        if self._window.failed:
+            raise RuntimeError(
+                f"{self._window.failed}, so a part of its gradients, unknown which, is in the "
+                f"window's sums. Call accumulator.reset(), which drops the window, and begin it "
+                f"anew."
+            )
+        return self._window
+
+    def _raise_unreached(self) -> None:
+        message = self._window.unreached()
+        if self._window.counts:
+            self._window.failed = ""  # nothing was added
+        else:
+            self.reset()
+        raise RuntimeError(message)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         declared = self._window.declared
@@ -250,20 +299,29 @@ class GradientAccumulator:
             root = loss / max(declared, 1)
         else:
             root = loss / declared.clamp(min=1)
-        return root if self.loss_scaler is None else self._multiplied(root, self.loss_scaler)
-
-    def _multiplied(self, root: Tensor, loss_scaler: _LossScaler) -> Tensor:
-        scaled = loss_scaler.multiply(root)
+        scaler = self.loss_scaler
+        scaled = root if scaler is None else scaler.multiply(root)
         if not self._window.counts:
-            self._window.scaler_moves = loss_scaler.moves
-        elif self._window.scaler_moves != loss_scaler.moves:
+            self._window.scaler = scaler
+            self._window.scaler_moves = 0 if scaler is None else scaler.moves
+        self._check_scale(scaler)
+        return scaled
+
+    def _check_scale(self, scaler: _LossScaler | None) -> None:
+        """All micro-batches of a window, and the step, have one loss scale."""
+        window = self._window
+        if scaler is not window.scaler:
+            raise RuntimeError(
+                "the loss scaler was replaced in the middle of a window, whose gradients carry the "
+                "scale of the old one. Replace it between windows; call reset() to drop this one."
+            )
+        if scaler is not None and window.scaler_moves != scaler.moves:
             raise RuntimeError(
                 "another optimizer stepped with this loss scaler since the window's first "
-                "micro-batch, so the loss scale may have moved, and gradients that carry different "
-                "ones cannot be added up. Step it before or after the window, or give it a loss "
-                "scaler of its own."
+                "micro-batch, or its state was loaded, so the loss scale may have moved, and "
+                "gradients that carry different ones cannot be added up. Step it before or after "
+                "the window, or give it a loss scaler of its own."
             )
-        return scaled
 
     def _factor(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """`A * P / T`, 0-d; 0 without tokens. The 1/S is multiplied in where the scaler is."""
@@ -300,20 +358,31 @@ class GradientAccumulator:
 
     def _check_ranks(self) -> None:
         ranks = self._ranks()
-        if ranks > 1 and self._grad_reduction is None:
+        if ranks < 1:
+            raise RuntimeError(
+                "this rank is not in process_group, so its tokens would never be counted. Give it "
+                "the group of ranks that it belongs to and that hold different tokens."
+            )
+        if ranks == 1:
+            return
+        if self._grad_reduction is None:
             raise RuntimeError(
                 f"this is one of {ranks} ranks, and grad_reduction is None: each would divide by "
                 f"its own count, and their weights would drift apart. Give grad_reduction='mean' "
                 f"under DistributedDataParallel, or 'sum' if gradients are added up over the ranks."
             )
+        if self._process_group is None and not self._window.counts:
+            refuse_meshes(self.optimizer)
 
     def _over_ranks(self, tokens: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and loss, added up over the ranks by one reduction."""
+        """Tokens and loss of all ranks."""
         if self._ranks() == 1:
             return tokens, total
-        both = torch.stack((tokens.to(total.dtype), total))  # counts below 2^53 are exact in FP64
-        torch.distributed.all_reduce(both, group=self._process_group)
-        return both[0].to(torch.int64), both[1]
+        twins = self._twins.look(tokens, total, self._process_group)
+        both = sum_over_ranks(tokens, total, self._window.declared, self._process_group)
+        if twins:
+            self._said.warn("twins", twins)
+        return both
 
     def _step_optimizer(self, factor: Tensor) -> None:
         if is_mixed_precision(self.optimizer):
@@ -322,30 +391,61 @@ class GradientAccumulator:
             self._loss_scaler.step(self.optimizer, grad_factor=factor)
         else:
             outcome = step_plain(self.optimizer, factor)
-            if outcome.stepped is False and not self._warned and bool(outcome.counted):
-                self._warned = True
-                warnings.warn(
+            if self._said.knows("skip"):
+                return
+            skipped = outcome.counted & ~outcome.grads_finite
+            if outcome.stepped is None:
+                skips = self._skips_lately.add(skipped)  # only the device knows
+            else:
+                skips = not outcome.stepped and bool(skipped)
+            if skips:
+                self._said.warn(
+                    "skip",
                     "non-finite gradients: this step was skipped; the next ones will be skipped "
                     "without a word. Give loss_scaler=mixprec.StaticLossScaler(1.0) to make 50 in "
                     "a row an error that names them.",
-                    RuntimeWarning,
-                    stacklevel=3,
                 )
 
-    def _widen_grads(self, last: bool) -> None:
-        """Make gradients FP32 once a second micro-batch is certain; values that are there stay."""
+    def _say_empty(self, tokens: Tensor) -> None:
+        counts = [count for count in self._window.counts if isinstance(count, int)]
+        known = len(counts) == len(self._window.counts) and self._ranks() == 1
+        if self._tokens_lately.add(sum(counts) if known else tokens) == 0:
+            self._said.warn(
+                "empty",
+                f"{_WINDOWS_IN_A_ROW} windows in a row had no token in them: each was dropped, and "
+                f"nothing is learned from them. Look at the targets: are all of them padding "
+                f"(ignore_index), after truncation or shifting?",
+            )
+
+    # ---------------------------------------- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._process_group is not None:
+            raise TypeError(
+                "an accumulator with a process_group cannot be pickled, because a process group "
+                "belongs to its process. Between windows it has nothing to save: save model and "
+                "optimizer, and make a new accumulator."
+            )
+        return self._state()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GradientAccumulator:
+        if self._process_group is not None:
+            memo[id(self._process_group)] = self._process_group
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(self._state(), memo))
+        return twin
+
+    def _state(self) -> dict[str, Any]:
         window = self._window
-        alone = last and not window.counts
-        if alone or not self._fp32_sums or window.grad_dtypes is not None:
-            return
-        window.grad_dtypes = []
-        params = (p for group in self.optimizer.param_groups for p in group["params"])
-        for param in params:
-            if param.dtype in (torch.bfloat16, torch.float16):
-                window.grad_dtypes.append((param, param.grad_dtype))
-                grad, param.grad = param.grad, None
-                param.grad_dtype = torch.float32
-                param.grad = None if grad is None else grad.float()
+        if (window.counts or window.failed) and not window.spent:
+            raise RuntimeError(
+                f"the accumulator is copied or pickled in the middle of a window of "
+                f"{len(window.counts)} micro-batches: parameters are copied without their "
+                f"gradients, so the copy would count tokens of which it has nothing. Copy it after "
+                f"step(), or call reset() first."
+            )
+        return {**vars(self), "_window": Window(declared=window.declared)}
 
 
 def _is_unit_scaled(optimizer: Optimizer) -> bool:
@@ -360,85 +460,24 @@ def _check_presumed(presumed_tokens: Any) -> None:
             f"presumed_tokens is {presumed_tokens!r}; it must be an int and a power of two, such "
             f"as 2**18, because dividing by any other number rounds every gradient in 16 bits"
         )
-
-
-def _count(num_tokens: Tensor | int) -> int | Tensor:
-    """The count as an int where the host can read it for free, else as 0-d int64."""
-    if not isinstance(num_tokens, Tensor):
-        return _host_count(num_tokens)
-    if num_tokens.numel() != 1 or num_tokens.dtype.is_floating_point:
-        raise TypeError(
-            f"num_tokens is {num_tokens.dtype} of shape {list(num_tokens.shape)}; it must be one "
-            f"integer, such as (targets != ignore_index).sum()"
-        )
-    if num_tokens.device.type == "cpu":
-        return _host_count(num_tokens.item())
-    count = num_tokens.detach().reshape(()).to(torch.int64)
-    torch._assert_async(count >= 0, "num_tokens is negative")  # raised by the device, later
-    return count
-
-
-def _host_count(num_tokens: Any) -> int:
-    try:
-        count = operator.index(num_tokens)
-    except TypeError:
-        count = None
-    if count is None or isinstance(num_tokens, bool):
-        raise TypeError(
-            f"num_tokens is {num_tokens!r}; it must be the integer count of targets in loss_sum, "
-            f"such as (targets != ignore_index).sum()"
-        )
-    if count < 0:
-        raise ValueError(f"num_tokens is {count}; a micro-batch has 0 tokens or more")
-    return count
-
-
-def _scalar(name: str, loss: Any) -> Tensor:
-    """A scalar loss in FP32, or FP64 if it is."""
-    if not isinstance(loss, Tensor):
-        hint = "; unpack it, backward(*loss_fn(...))" if isinstance(loss, tuple) else ""
-        raise TypeError(f"{name} is a {type(loss).__name__}; it must be a scalar tensor{hint}")
-    if loss.numel() != 1 or not loss.dtype.is_floating_point:
+    if presumed_tokens > _LARGEST_PRESUMED:
         raise ValueError(
-            f"{name} is {loss.dtype} of shape {list(loss.shape)}; it must be one floating-point "
-            f"number, the sum over all tokens: reduction='sum'"
-        )
-    return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
-
-
-def _check_declared(window: _Window) -> None:
-    counts = [count for count in window.counts if isinstance(count, int)]
-    known = len(counts) == len(window.counts) and isinstance(window.declared, int)
-    if known and sum(counts) != window.declared:
-        raise ValueError(
-            f"start() was given {window.declared} tokens, but the window's micro-batches hold "
-            f"{sum(counts)}; all were divided by the former. The step was not taken."
+            f"presumed_tokens is {presumed_tokens}; no step holds more than 2^40 tokens, and "
+            f"gradients divided by so many would vanish. Give a power of two near the tokens of a "
+            f"step."
         )
 
 
-def _token_sum(window: _Window) -> Tensor:
-    """T, 0-d int64 beside the losses."""
-    device = window.losses[0].device
-    counts = window.counts if window.declared is None else [window.declared]
-    on_host = sum(count for count in counts if isinstance(count, int))
-    on_device = [count.to(device) for count in counts if isinstance(count, Tensor)]
-    if on_device:
-        return torch.stack(on_device).sum() + on_host
-    return torch.full((), on_host, dtype=torch.int64, device=device)
-
-
-def _loss_sum(window: _Window) -> Tensor:
-    """Sum of the losses, 0-d. One reduction, not a chain of additions, for devices without FP64."""
-    device = window.losses[0].device
-    wide = _widest_dtype(device)
-    return torch.stack([loss.to(device=device, dtype=wide) for loss in window.losses]).sum()
-
-
-@cache
-def _widest_dtype(device: torch.device) -> torch.dtype:
-    """FP64, or FP32 on a device that has no FP64 (Apple's)."""
-    try:
-        torch.empty((), dtype=torch.float64, device=device)
-    except TypeError:
-        return torch.float32
-    return torch.float64
+def _say_narrow_grads(optimizer: Optimizer, said: Said) -> None:
+    """A parameter keeps its `grad_dtype` when its model is cast, once anybody has set it."""
+    narrow = [
+        name
+        for param, name in names_of(optimizer.param_groups)
+        if param.dtype in (torch.float32, torch.float64) and param.grad_dtype in _LOW
+    ]
+    if narrow:
+        said.warn(
+            "narrow",
+            f"the gradients of {listed(narrow)} are rounded to 16 bits, because grad_dtype is, as "
+            f"it was before the model was cast. Set param.grad_dtype = param.dtype.",
+        )

@@ -40,10 +40,9 @@ of running on to 0 (from where it never returns) or to infinity. An update launc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,14 +50,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.gradients import nonfinite_names
+from mixprec.loss_scale_machine import (
+    ScalePolicy,
+    ScaleState,
+    ScaleVerdict,
+    check_power_of_two,
+)
 from mixprec.plain_step import is_mixed_precision, refuse_closure_rule, step_plain
+from mixprec.said import Said
+from mixprec.scaled_losses import is_scaled, mark_scaled
+from mixprec.window import refuse_open_window
+from mixprec.wrapped import inside_of
 
 __all__ = ["DynamicLossScaler", "StaticLossScaler"]
 
-# So that S and 1/S are both normal FP32 numbers: multiplying by a subnormal one would round.
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-126, 2.0**126
-
-# In the order of _State.
+# In the order of ScaleState.
 _STATE_KEYS = ("scale", "_growth_tracker", "_overflows_in_a_row", "_scale_before_overflows")
 
 _GRAD_SCALER_KEYS = (
@@ -80,80 +86,6 @@ _SCALE_NOT_TO_BLAME = (
 )
 
 
-class _State(NamedTuple):
-    loss_scale: Tensor
-    growth_tracker: Tensor
-    overflows_in_a_row: Tensor
-    scale_before_overflows: Tensor
-
-    @classmethod
-    def of(cls, loss_scale: float, growth: int, overflows: int, before: float) -> _State:
-        return cls(
-            torch.tensor(loss_scale, dtype=torch.float32),
-            torch.tensor(growth, dtype=torch.int32),
-            torch.tensor(overflows, dtype=torch.int32),
-            torch.tensor(before, dtype=torch.float32),
-        )
-
-    def to(self, device: torch.device) -> _State:
-        return _State(*(tensor.to(device) for tensor in self))
-
-
-class _Verdict(NamedTuple):
-    grads_finite: Tensor
-    counted: Tensor
-
-
-@dataclass(frozen=True)
-class _Policy:
-    """Settings, and the machine that they make, as a function from state to state."""
-
-    growth_factor: float
-    backoff_factor: float
-    growth_interval: int
-    hysteresis: int
-    min_scale: float
-    max_scale: float
-    max_skips_in_a_row: int
-
-    def __post_init__(self) -> None:
-        for name in ("growth_factor", "backoff_factor", "min_scale", "max_scale"):
-            _check_power_of_two(name, getattr(self, name))
-        if not self.backoff_factor < 1 < self.growth_factor:
-            raise ValueError(
-                f"growth_factor is {self.growth_factor} and backoff_factor {self.backoff_factor}; "
-                f"the first must be above 1 and the second below, such as 2.0 and 0.5"
-            )
-        if self.min_scale > self.max_scale:
-            raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}")
-        for name in ("growth_interval", "hysteresis", "max_skips_in_a_row"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it counts steps: give an int from 1 up")
-
-    def check_scale(self, name: str, value: float) -> None:
-        _check_power_of_two(name, value)
-        if not self.min_scale <= value <= self.max_scale:
-            raise ValueError(
-                f"{name} is {value}, outside the bounds [{self.min_scale}, {self.max_scale}]; "
-                f"build the scaler with min_scale={min(value, self.min_scale)}, "
-                f"max_scale={max(value, self.max_scale)}"
-            )
-
-    def move(self, state: _State, verdict: _Verdict) -> _State:
-        finite, counted = verdict
-        growth_tracker = (state.growth_tracker + 1) * finite
-        overflows = (state.overflows_in_a_row + 1) * ~finite
-        grows, backs_off = growth_tracker >= self.growth_interval, overflows >= self.hysteresis
-        larger = (state.loss_scale * self.growth_factor).clamp(max=self.max_scale)
-        smaller = (state.loss_scale * self.backoff_factor).clamp(min=self.min_scale)
-        loss_scale = torch.where(grows, larger, torch.where(backs_off, smaller, state.loss_scale))
-        before = torch.where(finite, loss_scale, state.scale_before_overflows)
-        moved = (loss_scale, growth_tracker * ~grows, overflows, before)
-        kept = zip(moved, state, strict=True)
-        return _State(*(torch.where(counted, new, old) for new, old in kept))
-
-
 class _LossScaler:
     """What both scalers do; they differ in how far S may move."""
 
@@ -165,15 +97,18 @@ class _LossScaler:
     """How often S may have moved so far, known to the host. Gradients may be added to each other
     only while this stands still."""
 
-    def __init__(self, policy: _Policy, init_scale: float) -> None:
+    def __init__(self, policy: ScalePolicy, init_scale: float) -> None:
         policy.check_scale("init_scale", init_scale)
         self._policy = policy
-        self._state = _State.of(init_scale, 0, 0, init_scale)
-        self._waiting: _Verdict | None = None
+        self._state = ScaleState.of(init_scale, 0, 0, init_scale)
+        self._waiting: ScaleVerdict | None = None
         self.losses_scaled = 0
         self.moves = 0
         self._unread_steps = 0
+        self._said = Said()
         self._seen_by: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
+        self._stale_until = 0
+        """Losses scaled before the state was loaded or copied: no gradients carry this S."""
 
     @property
     def max_skips_in_a_row(self) -> int:
@@ -185,6 +120,16 @@ class _LossScaler:
         An FP64 loss stays FP64. A 16-bit loss is cast up, because FP16 ends at 65504: at the
         initial S of 2^16 a loss of 1 would already be infinite.
         """
+        if not isinstance(loss, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"loss is a {type(loss).__name__}; multiply() takes one tensor. Of several losses "
+                f"multiply the sum, or each by itself: [scaler.multiply(l) for l in losses]."
+            )
+        if is_scaled(loss):
+            raise RuntimeError(
+                "the loss was multiplied by a loss scaler already, and 1/S comes off its gradients "
+                "only once. Multiply the loss itself, and call backward() on the result."
+            )
         if not loss.is_floating_point():
             raise TypeError(f"loss is {loss.dtype}; only a floating-point loss can be scaled")
         if not self.losses_scaled:
@@ -194,7 +139,7 @@ class _LossScaler:
             self.moves += self._policy.min_scale < self._policy.max_scale
         self.losses_scaled += 1
         wide = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return wide * self._state.loss_scale.to(loss.device)
+        return mark_scaled(wide * self._state.loss_scale.to(loss.device))
 
     @property
     def inverse(self) -> Tensor:
@@ -218,7 +163,7 @@ class _LossScaler:
         finite = finite | ~counted
         if self._waiting is not None:
             finite, counted = finite & self._waiting.grads_finite, counted | self._waiting.counted
-        self._waiting = _Verdict(finite, counted)
+        self._waiting = ScaleVerdict(finite, counted)
 
     def get_scale(self) -> float:
         """S of the next loss. Waits for the device."""
@@ -261,6 +206,7 @@ class _LossScaler:
         its loss. The host reads one bool; none for the fused rules of torch, which skip on the
         device. For 16-bit or sharded parameters and for clipping, use `mixprec.MixedPrecision`.
         """
+        optimizer = inside_of(optimizer)
         if is_mixed_precision(optimizer):
             raise TypeError(
                 "MixedPrecision divides by the loss scale itself; step() here would do it again. "
@@ -268,25 +214,27 @@ class _LossScaler:
                 "optimizer.step()."
             )
         refuse_closure_rule(optimizer)
+        refuse_open_window(optimizer)
         loss = None if closure is None else self._call(closure)
-        if self.losses_scaled == self._seen_by.get(optimizer, 0):
+        if self.losses_scaled == max(self._seen_by.get(optimizer, 0), self._stale_until):
             raise RuntimeError(
-                f"no loss was scaled since the last step of {type(optimizer).__name__}: its "
-                f"gradients would be divided by a loss scale that they do not carry. Call "
-                f"multiply(loss).backward() before step()."
+                f"no loss was scaled since the last step of {type(optimizer).__name__}, or since "
+                f"the scaler's state was loaded: its gradients would be divided by a loss scale "
+                f"that they do not carry. Call multiply(loss).backward() before step()."
             )
-        self._seen_by[optimizer] = self.losses_scaled
         factor = self.inverse
-        if isinstance(grad_factor, Tensor):
-            grad_factor = grad_factor.to(factor.device)
         if grad_factor is not None:
-            factor = factor * grad_factor
+            factor = factor * _on_device(grad_factor, factor)
+        self._seen_by[optimizer] = self.losses_scaled
         outcome = step_plain(optimizer, factor)
         self.update(outcome.grads_finite, counted=outcome.counted)
         self._unread_steps = self._unread_steps + 1 if outcome.stepped is None else 0
+        if outcome.stepped is False:
+            self._say_factor(grad_factor, outcome.judged_factor)
         if outcome.stepped is False or self._unread_steps == self.max_skips_in_a_row:
             self._unread_steps = 0
-            self.check_progress(outcome.named_grads)
+            named_factor = ("grad_factor", outcome.judged_factor)
+            self.check_progress([named_factor, *outcome.named_grads])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -304,8 +252,10 @@ class _LossScaler:
         """
         self._policy, state = self._parse(state_dict)
         self._state, self._waiting = state.to(self._state.loss_scale.device), None
+        self._stale_until = self.losses_scaled
+        self.moves += 1
 
-    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[_Policy, _State]:
+    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[ScalePolicy, ScaleState]:
         if not state_dict:
             raise ValueError(
                 "the loss scaler's state dict is empty, as torch.amp.GradScaler(enabled=False) "
@@ -319,7 +269,7 @@ class _LossScaler:
                 f"not the state dict of a loss scaler: {missing} missing, {unknown} unknown. "
                 f"Give what state_dict() of a mixprec loss scaler or torch.amp.GradScaler returned."
             )
-        policy = _Policy(**{name: state_dict.get(name, settings[name]) for name in settings})
+        policy = ScalePolicy(**{name: state_dict.get(name, settings[name]) for name in settings})
         no_overflows = (state_dict["scale"], 0, 0, state_dict["scale"])
         state = dict(zip(_STATE_KEYS, no_overflows, strict=True))
         state.update((key, state_dict[key]) for key in _STATE_KEYS if key in state_dict)
@@ -328,9 +278,18 @@ class _LossScaler:
         for name in ("_growth_tracker", "_overflows_in_a_row"):
             if not isinstance(state[name], int) or state[name] < 0:
                 raise ValueError(f"{name} is {state[name]!r}; it counts steps: an int from 0 up")
-        return policy, _State.of(*state.values())
+        return policy, ScaleState.of(*state.values())
 
-    def _next_state(self) -> _State:
+    def _say_factor(self, grad_factor: Tensor | float | None, judged: Tensor) -> None:
+        if grad_factor is not None and not self._said.knows("factor") and bool(judged.isnan()):
+            self._said.warn(
+                "factor",
+                f"grad_factor is {float(grad_factor)}, by which gradients cannot be multiplied; "
+                f"the step was skipped, and counts as one with non-finite gradients. P / T is such "
+                f"a number where T is 0: give 0 to leave out a step without tokens.",
+            )
+
+    def _next_state(self) -> ScaleState:
         if self._waiting is None:
             return self._state
         return self._policy.move(self._state, self._waiting)
@@ -359,6 +318,7 @@ class _LossScaler:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _seen_by=WeakKeyDictionary())
+        self._stale_until = self.losses_scaled
 
 
 class DynamicLossScaler(_LossScaler):
@@ -406,7 +366,7 @@ class DynamicLossScaler(_LossScaler):
         max_scale: float = 2.0**24,
         max_skips_in_a_row: int = 50,
     ) -> None:
-        policy = _Policy(
+        policy = ScalePolicy(
             growth_factor=growth_factor,
             backoff_factor=backoff_factor,
             growth_interval=growth_interval,
@@ -429,12 +389,12 @@ class StaticLossScaler(_LossScaler):
     """
 
     def __init__(self, loss_scale: float, *, max_skips_in_a_row: int = 50) -> None:
-        _check_power_of_two("loss_scale", loss_scale)
+        check_power_of_two("loss_scale", loss_scale)
         # The first four move nothing between equal bounds; they are what GradScaler would say.
-        policy = _Policy(2.0, 0.5, 2000, 1, loss_scale, loss_scale, max_skips_in_a_row)
+        policy = ScalePolicy(2.0, 0.5, 2000, 1, loss_scale, loss_scale, max_skips_in_a_row)
         super().__init__(policy, loss_scale)
 
-    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[_Policy, _State]:
+    def _parse(self, state_dict: Mapping[str, Any]) -> tuple[ScalePolicy, ScaleState]:
         policy, state = super()._parse(state_dict)
         if policy.min_scale != policy.max_scale:
             raise ValueError(
@@ -444,11 +404,14 @@ class StaticLossScaler(_LossScaler):
         return policy, state
 
 
-def _check_power_of_two(name: str, value: Any) -> None:
-    inside = isinstance(value, int | float) and _SMALLEST_SCALE <= value <= _LARGEST_SCALE
-    if not inside or math.frexp(value)[0] != 0.5:
-        near = f", such as {2.0 ** round(math.log2(value))}" if inside else ""
-        raise ValueError(
-            f"{name} is {value!r}; it must be a power of two from 2^-126 to 2^126{near}, "
-            f"because any other factor rounds every gradient that it multiplies"
-        )
+def _on_device(grad_factor: Tensor | float, factor: Tensor) -> Tensor:
+    """The factor beside `factor`: FP64 for a number, which FP32 might round to 0 or to infinity."""
+    if isinstance(grad_factor, Tensor):
+        if grad_factor.numel() != 1:
+            raise TypeError(
+                f"grad_factor has shape {list(grad_factor.shape)}; it is one number for all "
+                f"gradients, such as presumed_tokens / num_tokens"
+            )
+        return grad_factor.to(factor.device).reshape(())
+    wide = torch.float32 if factor.device.type == "mps" else torch.float64
+    return torch.full((), grad_factor, dtype=wide, device=factor.device)  # a fill does not wait

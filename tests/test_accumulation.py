@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -272,10 +273,19 @@ def test_gradients_on_the_way_back_have_the_size_that_their_groups_are_made_for(
 
 @pytest.mark.parametrize(
     "count",
-    [4, np.int64(4), torch.tensor(4), torch.tensor([4]), torch.tensor(4, dtype=torch.int32)],
+    [
+        4,
+        np.int64(4),
+        torch.tensor(4),
+        torch.tensor([4]),
+        torch.tensor(4, dtype=torch.int32),
+        4.0,
+        np.float32(4),
+        torch.tensor(8) / 2,
+    ],
     ids=str,
 )
-def test_counts_may_be_ints_or_integer_tensors(count: Any) -> None:
+def test_counts_may_be_whole_numbers_or_tensors_of_one(count: Any) -> None:
     param = weight()
     accumulator = GradientAccumulator(SGD([param], lr=1.0))
     accumulator.backward(param * 8, count, last=False)
@@ -366,6 +376,41 @@ def test_a_window_without_tokens_changes_nothing_and_has_mean_nan(
         accumulator.backward(param * 3, 1)
         accumulator.step()
         assert scaler.get_scale() == 2.0**17
+
+
+@pytest.mark.parametrize("count", [0, torch.tensor(0)], ids=["host", "tensor"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_ten_windows_in_a_row_without_tokens_are_said_once(count: Any, scaled: bool) -> None:
+    param, _, accumulator = adam_with(DynamicLossScaler() if scaled else None)
+    said: list[int] = []
+    for window in range(60):
+        accumulator.backward(param * 0, count)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            accumulator.step()
+        said += [window] * len(caught)
+        assert all("10 windows in a row had no token" in str(w.message) for w in caught)
+    assert len(said) == 1 and said[0] < 20
+
+
+def test_windows_with_tokens_in_between_are_no_row() -> None:
+    param, _, accumulator = adam_with(None)
+    for window in range(40):
+        accumulator.backward(param * 0, 1 if window % 5 == 0 else 0)
+        accumulator.step()
+
+
+def test_skips_that_only_the_device_knows_of_are_said_too() -> None:
+    param = weight(1.0)
+    accumulator = GradientAccumulator(AdamW([param], lr=0.5, fused=True))
+    accumulator.backward(param * 3, 1)
+    accumulator.step()
+    before = param.item()
+    with pytest.warns(RuntimeWarning, match="non-finite gradients: this step was skipped"):
+        for _ in range(10):
+            accumulator.backward(param * float("inf"), 1)
+            accumulator.step()
+    assert param.item() == before
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
@@ -581,6 +626,15 @@ def test_a_window_that_does_not_hold_the_count_given_is_not_stepped() -> None:
     assert param.item() == 0.0 and param.grad is None
 
 
+def test_layers_that_learn_their_shape_from_the_first_batch_may_be_accumulated() -> None:
+    layer = nn.LazyLinear(1, bias=False)
+    accumulator = GradientAccumulator(SGD(layer.parameters(), lr=1.0))
+    accumulator.backward(layer(torch.ones(2)).sum() * 4, 4)
+    before = layer.weight.tolist()
+    accumulator.step()
+    assert layer.weight.flatten().tolist() == pytest.approx([w - 1 for w in before[0]])
+
+
 def test_start_in_the_middle_of_a_window_is_refused() -> None:
     param = weight()
     accumulator = GradientAccumulator(SGD([param], lr=1.0))
@@ -597,10 +651,16 @@ def test_start_in_the_middle_of_a_window_is_refused() -> None:
     [
         (-1, ValueError, "num_tokens is -1; a micro-batch has 0 tokens or more"),
         (torch.tensor(-3), ValueError, "num_tokens is -3"),
-        (2.0, TypeError, r"num_tokens is 2\.0; it must be the integer count of targets"),
+        (2.5, ValueError, r"num_tokens is 2\.5, which is no whole number.*give it undivided"),
+        (float("nan"), ValueError, "num_tokens is nan, which is no whole number"),
+        (float("inf"), ValueError, "num_tokens is inf, which is no whole number"),
+        ("2", TypeError, r"num_tokens is '2'; it must be the integer count of targets"),
+        (2**53, ValueError, r"num_tokens is 9007199254740992; counts from 2\^53 on are not exact"),
         (None, TypeError, r"num_tokens is None.*\(targets != ignore_index\)\.sum\(\)"),
         (True, TypeError, "num_tokens is True"),
-        (torch.tensor(2.0), TypeError, r"num_tokens is torch\.float32 of shape \[\]"),
+        (torch.tensor(2.5), ValueError, r"num_tokens is 2\.5, which is no whole number"),
+        (torch.tensor(-2.0), ValueError, "num_tokens is -2; a micro-batch has 0 tokens or more"),
+        (torch.tensor(2.0).bfloat16(), TypeError, r"bfloat16.*16 bits round counts above 256"),
         (torch.tensor([1, 2]), TypeError, r"num_tokens is torch\.int64 of shape \[2\]"),
         (torch.tensor([True, False]), TypeError, r"num_tokens is torch\.bool of shape \[2\]"),
     ],
@@ -616,6 +676,26 @@ def test_bad_counts_are_refused_before_the_backward(
     with pytest.raises(error, match=message):
         accumulator.start(count)
     assert param.grad is None
+
+
+@pytest.mark.parametrize("auxiliary", [False, True])
+@pytest.mark.parametrize("own_scaler", [False, True])
+def test_a_loss_that_carries_a_loss_scale_already_is_refused(
+    auxiliary: bool, own_scaler: bool
+) -> None:
+    param, scaler = weight(), DynamicLossScaler()
+    accumulator = GradientAccumulator(
+        SGD([param], lr=1.0), loss_scaler=scaler if own_scaler else None
+    )
+    scaled = scaler.multiply(param * 3)
+    with pytest.raises(RuntimeError, match=r"multiplied by a loss scaler already.*the loss itself"):
+        if auxiliary:
+            accumulator.backward(param * 3, 1, aux_loss=scaled)
+        else:
+            accumulator.backward(scaled / 2, 1)
+    accumulator.backward(param * 3, 1)
+    accumulator.step()
+    assert param.item() == -3.0
 
 
 @pytest.mark.parametrize(
@@ -661,6 +741,11 @@ def test_presumed_tokens_are_a_power_of_two(presumed_tokens: Any) -> None:
         ValueError, match=f"presumed_tokens is {presumed_tokens}; it must be an int"
     ):
         GradientAccumulator(SGD([weight()], lr=1.0), presumed_tokens=presumed_tokens)
+
+
+def test_more_presumed_tokens_than_any_step_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no step holds more than 2\^40 tokens.*would vanish"):
+        GradientAccumulator(SGD([weight()], lr=1.0), presumed_tokens=2**41)
 
 
 def test_16_bit_parameters_of_a_plain_optimizer_are_refused() -> None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
-from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler, _Policy, _State, _Verdict
+from mixprec.loss_scale_machine import ScalePolicy, ScaleState, ScaleVerdict
+from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 
 Event = Literal["finite", "overflow", "empty"]
 
@@ -137,11 +138,46 @@ def test_an_integer_loss_is_refused() -> None:
         DynamicLossScaler().multiply(torch.tensor(1))
 
 
+@pytest.mark.parametrize("losses", [[torch.ones(())], (torch.ones(()),), 2.0])
+def test_what_is_no_tensor_is_refused_with_what_to_type(losses: Any) -> None:
+    with pytest.raises(TypeError, match=rf"loss is a {type(losses).__name__}.*multiply\(l\) for l"):
+        DynamicLossScaler().multiply(losses)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scaled: scaled,
+        lambda scaled: scaled.double().reshape(1).sum(),
+        lambda scaled: scaled / 4 + torch.ones((), requires_grad=True),
+        lambda scaled: sum([scaled, *(torch.ones((), requires_grad=True) for _ in range(5))]),
+    ],
+    ids=["itself", "cast", "divided and added to", "one of six"],
+)
+def test_a_loss_is_not_multiplied_twice(change: Any) -> None:
+    scaler, param = DynamicLossScaler(), weight()
+    loss = param * 3
+    scaled = change(scaler.multiply(loss))
+    for twice in (scaler, StaticLossScaler(4.0)):
+        with pytest.raises(RuntimeError, match=r"was multiplied by a loss scaler already"):
+            twice.multiply(scaled)
+    scaler.multiply(loss)  # the loss itself carries none
+
+
+def test_the_penalty_on_scaled_gradients_may_be_scaled() -> None:
+    """The graph of second derivatives passes by the product, not through it."""
+    scaler, param = StaticLossScaler(8.0), weight(2.0)
+    loss = param.square()
+    (scaled_grad,) = torch.autograd.grad(scaler.multiply(loss), param, create_graph=True)
+    scaler.multiply(loss + (scaled_grad * scaler.inverse).square()).backward()
+    assert param.grad is not None and (param.grad * scaler.inverse).item() == 4 + 8 * 2
+
+
 # --- the machine
 
 
 def python_machine(
-    policy: _Policy, events: tuple[Event, ...]
+    policy: ScalePolicy, events: tuple[Event, ...]
 ) -> list[tuple[float, int, int, float]]:
     """The states that a run of verdicts leads through, in plain Python, as the docs tell it."""
     scale, growth, overflows, before = 8.0, 0, 0, 8.0
@@ -162,15 +198,15 @@ def python_machine(
 
 @pytest.mark.parametrize("hysteresis", [1, 2, 3])
 def test_every_run_of_eight_verdicts_moves_the_state_as_documented(hysteresis: int) -> None:
-    policy = _Policy(2.0, 0.5, 2, hysteresis, 2.0, 16.0, 50)
+    policy = ScalePolicy(2.0, 0.5, 2, hysteresis, 2.0, 16.0, 50)
     events: list[Event] = ["finite", "overflow", "empty"]
     runs = list(itertools.product(events, repeat=8))
     expected = torch.tensor([python_machine(policy, run) for run in runs])
-    state = _State(*(torch.full((len(runs),), start) for start in (8.0, 0, 0, 8.0)))
+    state = ScaleState(*(torch.full((len(runs),), start) for start in (8.0, 0, 0, 8.0)))
     for step in range(8):
         finite = torch.tensor([run[step] == "finite" for run in runs])
         counted = torch.tensor([run[step] != "empty" for run in runs])
-        state = policy.move(state, _Verdict(finite, counted))
+        state = policy.move(state, ScaleVerdict(finite, counted))
         assert torch.equal(torch.stack([part.float() for part in state], 1), expected[:, step])
 
 
@@ -403,6 +439,24 @@ def test_a_static_scaler_survives_its_state_dict_but_takes_no_moving_one() -> No
     assert restored.state_dict() == scaler.state_dict()
 
 
+@pytest.mark.parametrize("how", ["loaded", "copied", "pickled"])
+def test_gradients_from_before_a_load_or_a_copy_are_not_stepped_with_the_new_scale(
+    how: str,
+) -> None:
+    scaler, param = DynamicLossScaler(8.0), weight()
+    backward(scaler, param)
+    if how == "loaded":
+        scaler.load_state_dict(DynamicLossScaler(2.0).state_dict())
+    else:
+        scaler = copy.deepcopy(scaler) if how == "copied" else pickle.loads(pickle.dumps(scaler))
+    with pytest.raises(RuntimeError, match=r"no loss was scaled since.*state was loaded"):
+        scaler.step(SGD([param], lr=1.0))
+    param.grad = None
+    backward(scaler, param)
+    scaler.step(SGD([param], lr=1.0))
+    assert param.item() == -2.0
+
+
 def test_loading_in_the_middle_of_a_run_forgets_the_waiting_verdict() -> None:
     scaler = DynamicLossScaler(8.0)
     saved = scaler.state_dict()
@@ -562,6 +616,62 @@ def test_the_grad_factor_multiplies_and_a_factor_of_zero_leaves_all_alone(factor
     backward(scaler, param * float("inf"))
     scaler.step(optimizer, grad_factor=factor * 0)
     assert param.item() == 1 - 3 / 2 and scaler.get_scale() == 16.0
+
+
+BAD_FACTORS = [float("nan"), float("inf"), -float("inf"), -2.0, 1e60, 1e-60]
+
+
+@pytest.mark.parametrize("factor", BAD_FACTORS)
+@pytest.mark.parametrize("wrap", [float, lambda f: torch.tensor([f], dtype=torch.float64)])
+@pytest.mark.parametrize("rule", [SGD, AdamW])
+def test_a_factor_that_is_none_skips_counts_and_is_said_by_name(
+    factor: float, wrap: Any, rule: Any
+) -> None:
+    scaler = DynamicLossScaler(8.0, max_skips_in_a_row=3)
+    param = weight()
+    optimizer = rule([("head", param)], lr=0.5)
+    given = wrap(factor)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        backward(scaler, param)
+        scaler.step(optimizer, grad_factor=given)
+
+    with pytest.warns(RuntimeWarning, match=r"grad_factor is .*T is 0: give 0 to leave out a step"):
+        step()
+    assert param.item() == 1.0 and param.grad == 24.0 and not optimizer.state
+    step()  # said already
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row .* first in 'grad_factor';"):
+        step()
+    assert param.item() == 1.0
+
+
+def test_a_division_by_no_tokens_is_such_a_factor() -> None:
+    scaler, param = DynamicLossScaler(8.0), weight()
+    backward(scaler, param)
+    with pytest.warns(RuntimeWarning, match="grad_factor is inf"):
+        scaler.step(SGD([param], lr=1.0), grad_factor=torch.tensor(128.0) / torch.tensor(0))
+    assert param.item() == 1.0
+
+
+def test_a_fused_rule_skips_a_factor_that_is_none_on_the_device() -> None:
+    scaler, param = DynamicLossScaler(8.0), weight()
+    optimizer = AdamW([param], lr=0.5, fused=True)
+    backward(scaler, param)
+    scaler.step(optimizer)
+    before = param.item()
+    optimizer.zero_grad()
+    backward(scaler, param)
+    scaler.step(optimizer, grad_factor=float("nan"))
+    assert param.item() == before and scaler.get_scale() == 4.0
+
+
+def test_several_factors_are_refused() -> None:
+    scaler, param = DynamicLossScaler(), weight()
+    backward(scaler, param)
+    with pytest.raises(TypeError, match=r"grad_factor has shape \[2\]; it is one number"):
+        scaler.step(SGD([param], lr=1.0), grad_factor=torch.ones(2))
+    assert param.item() == 1.0
 
 
 def test_an_optimizer_without_gradients_tells_the_scaler_nothing() -> None:

@@ -97,6 +97,43 @@ def test_an_optimizer_without_gradients_is_not_stepped_and_tells_nothing() -> No
     assert not outcome.counted and outcome.named_grads == []
 
 
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0, 1e39, 1e-46])
+@each_rule
+def test_a_factor_that_fp32_cannot_hold_skips_and_leaves_gradients_alone(
+    factor: float, rule: str
+) -> None:
+    params = parameters()
+    optimizer = RULES[rule](params)
+    set_grads(params, 1.0)
+    step_plain(optimizer, torch.tensor(1.0))
+    before = everything(optimizer)
+    outcome = step_plain(optimizer, torch.tensor(factor, dtype=torch.float64))
+    assert outcome.counted and not outcome.grads_finite and outcome.judged_factor.isnan()
+    assert all(map(torch.equal, everything(optimizer), before))
+    assert all(bool((grad == 1).all()) for _, grad in outcome.named_grads)
+
+
+@pytest.mark.parametrize("factor", [1e39, 1e-46])
+def test_fp64_gradients_take_the_factors_of_fp64(factor: float) -> None:
+    param = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    param.grad = torch.ones_like(param)
+    outcome = step_plain(SGD([param], lr=1.0), torch.tensor(factor, dtype=torch.float64))
+    assert outcome.stepped and param.grad.tolist() == [factor, factor]
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+def test_sparse_gradients_are_multiplied_too(coalesced: bool) -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    nn.init.zeros_(table.weight)
+    table(torch.tensor([1, 1, 3])).sum().backward()
+    assert table.weight.grad is not None
+    if coalesced:
+        table.weight.grad = table.weight.grad.coalesce()
+    outcome = step_plain(SGD(table.parameters(), lr=1.0), torch.tensor(0.25))
+    assert outcome.stepped is True
+    assert table.weight[:, 0].tolist() == [0.0, -0.5, 0.0, -0.25]
+
+
 def test_fp64_gradients_are_multiplied_in_fp64() -> None:
     params = parameters(torch.float64)
     set_grads(params, 1.0)
@@ -119,6 +156,20 @@ def test_gradients_are_named_by_the_optimizer_or_by_their_place() -> None:
 def test_16_bit_parameters_are_refused_by_name(dtype: torch.dtype) -> None:
     optimizer = SGD([("head.weight", nn.Parameter(torch.ones(2, dtype=dtype)))], lr=0.5)
     with pytest.raises(TypeError, match=rf"head\.weight is {dtype}.*mixprec\.MixedPrecision\(SGD"):
+        check_plain(optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn])
+def test_what_no_master_helps_is_not_told_to_be_wrapped(dtype: torch.dtype) -> None:
+    optimizer = SGD([("phase", torch.zeros(2).to(dtype).requires_grad_())], lr=0.5)
+    with pytest.raises(TypeError, match=rf"phase is {dtype}.*Leave it out of this optimizer"):
+        check_plain(optimizer)
+
+
+def test_parameters_without_a_shape_yet_have_a_name() -> None:
+    layer = nn.LazyLinear(2, dtype=torch.bfloat16)
+    optimizer = SGD(layer.parameters(), lr=0.5)
+    with pytest.raises(TypeError, match=r"\[0\] \(not initialized yet\) is torch\.bfloat16.*Wrap"):
         check_plain(optimizer)
 
 
