@@ -39,12 +39,43 @@ def load_fp32_state_dict(
         ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
     """
     targets: dict[str, Any] = model.state_dict(keep_vars=True)
-    _check_entries(targets, state_dict)
+    given = _with_tied_names(targets, state_dict)
+    _check_entries(targets, given)
     for name, target in targets.items():
         if isinstance(target, Tensor):
-            value = state_dict[name].to(target.device)
+            value = given[name].to(target.device)
             if not set_master(target, value):
                 target.detach().copy_(value)
+
+
+def _with_tied_names(targets: Mapping[str, Any], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`given`, and the names that are missing because another name of one tensor is there.
+
+    Formats that hold each tensor once (safetensors) leave out all names but one.
+    """
+    names: dict[int, list[str]] = {}
+    for name, target in targets.items():
+        names.setdefault(id(target), []).append(name)
+    complete = dict(given)
+    for tied in names.values():
+        there = [name for name in tied if name in given]
+        for name in tied if there else ():
+            complete.setdefault(name, given[there[0]])
+            if not _is_same(complete[name], given[there[0]]):
+                raise ValueError(
+                    f"{there[0]!r} and {name!r} are one tensor in the model and two different ones "
+                    f"in the state dict; nothing was loaded. Leave one of them out."
+                )
+    return complete
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    if left is right or not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+        return True
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    equal = (left == right) | ((left != left) & (right != right))
+    return bool(equal.all())
 
 
 def _fp32(value: Any) -> Any:
@@ -62,9 +93,17 @@ def _check_entries(targets: Mapping[str, Any], given: Mapping[str, Any]) -> None
             f"nothing was loaded. Load the state dict of this model."
         )
     for name, target in targets.items():
-        if isinstance(target, Tensor) and target.shape != given[name].shape:
+        if not isinstance(target, Tensor):
+            continue
+        value = given[name]
+        if not isinstance(value, Tensor) or value.is_meta:
+            kind = "a tensor without data (meta)" if isinstance(value, Tensor) else repr(value)[:40]
             raise ValueError(
-                f"{name!r} is {list(given[name].shape)} in the state dict and "
-                f"{list(target.shape)} in the model; nothing was loaded. Load the state dict of "
-                f"this model."
+                f"{name!r} is {kind} in the state dict; nothing was loaded. Load the state dict of "
+                f"this model, with map_location='cpu'."
+            )
+        if target.shape != value.shape:
+            raise ValueError(
+                f"{name!r} is {list(value.shape)} in the state dict and {list(target.shape)} in "
+                f"the model; nothing was loaded. Load the state dict of this model."
             )

@@ -100,6 +100,7 @@ def test_full_and_split_checkpoints_are_one_format(saved_as: Masters, loaded_as:
     assert_same(masters_of(resumed), masters_of(optimizer))
 
 
+@pytest.mark.filterwarnings("ignore:every gradient of this step is exactly 0")
 def test_tie_of_either_rounding_keeps_its_master() -> None:
     """257 is between the BF16 values 256, which is even, and 258, which is away from zero."""
     for saved_as, loaded_as, weight in (("full", "split", 258.0), ("split", "full", 256.0)):
@@ -211,7 +212,7 @@ def test_weights_win_over_the_masters_of_another_model_with_a_warning() -> None:
         resumed.load_state_dict(optimizer.state_dict())
         assert all((p == 0.5).all() for p in other.parameters()), "loading writes no weight"
         resumed.param_groups[0]["lr"] = 0.0
-        with pytest.warns(RuntimeWarning, match=r"0\.weight and 3 more were written"):
+        with pytest.warns(RuntimeWarning, match=r"0\.weight and 3 more are not the rounding"):
             train(resumed, other, range(1))
         assert all((m == 0.5).all() for m in masters_of(resumed))
 
