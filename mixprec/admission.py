@@ -19,18 +19,16 @@ milliseconds, once.
 from __future__ import annotations
 
 import copy
-import random
-import warnings
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixprec.copies import Copier, IdOfParameter, Opaque
 from mixprec.inner import (
     GroupValues,
     StandIns,
@@ -40,9 +38,21 @@ from mixprec.inner import (
     rule_of,
     same,
 )
+from mixprec.machine import is_of_the_machine
+from mixprec.masters import LOW, MASTER
+from mixprec.rule_code import RuleCode
+from mixprec.undisturbed import Trying, undisturbed
 
 GRADIENT_SIZES = (1.0, 1e-3, 30.0, 1.0, 1.0, 1e6, 1.0, 1.0)
 """Gradient size of each trial step: both sides of clipping thresholds, past periods of 5 steps."""
+
+TAKEN = (
+    f"it keeps a state called {MASTER!r}, where the FP32 masters of 16-bit parameters are kept; "
+    f"rename it in the rule"
+)
+
+GRADIENT_SPREAD = (1.0, 4.0, 0.25)
+"""Gradient size of the tensors of a trial, in turn: a threshold that one passes another may not."""
 
 # Attributes that the trial replaces, or that only schedulers read.
 _OUTSIDE = ("param_groups", "state", "defaults", "step", "_opt_called")
@@ -55,6 +65,10 @@ class Admission:
     per_parameter: bool
     calls_closure: bool
     reason: str
+    low_states: frozenset[str] = frozenset()
+    """Names of states that the rule keeps in 16 bits although its parameters are FP32."""
+    counted: bool = True
+    """Whether torch's version counters tell of all tensors that the rule writes to."""
 
 
 @dataclass(frozen=True)
@@ -99,34 +113,78 @@ def admit(inner: Optimizer, *, with_loss: bool = False) -> Admission:
     >>> admit(torch.optim.LBFGS([weight])).per_parameter
     False
     """
-    with undisturbed(inner):
-        manner, native = _native_trial(inner, with_loss)
-        why = "it calls its closure itself"
-        if manner.closure != "evaluates":
-            try:
-                why = _difference(native, _trial(inner, _bucketed, manner))
-            except Exception as error:
-                why = f"one tensor at a time it raised {quote(error)}"
-            if not why:
-                return Admission(True, False, "each tensor's update depends on that tensor alone")
-        difference = _difference(native, _trial(inner, _whole, manner))
+    with undisturbed(inner) as trying:
+        return trying.agreeing(lambda: _admit(inner, trying, with_loss))
+
+
+def _admit(inner: Optimizer, trying: Trying, with_loss: bool) -> Admission:
+    _check_ids(inner, trying.code)
+    manner, native = _native_trial(inner, trying, with_loss)
+    if any(MASTER in entry for states in native.states for entry in states[1:]):
+        raise TypeError(
+            f"{type(inner).__name__} cannot run on FP32 masters: {TAKEN}, or use FP32 parameters, "
+            f"which need no masters."
+        )
+    why = "it calls its closure itself"
+    if manner.closure != "evaluates":
+        try:
+            why = _difference(native, _trial(inner, trying, _bucketed, manner))
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            why = f"one tensor at a time it raised {quote(error)}"
+        if not why:
+            why = "each tensor's update depends on that tensor alone"
+            return Admission(True, False, why, native.low_states, native.counted)
+    difference = _difference(native, _trial(inner, trying, _whole, manner))
     if difference:
         raise TypeError(
             f"{type(inner).__name__} cannot run on FP32 masters: with stand-ins for its "
             f"parameters, {difference}. It keeps parameters outside of param_groups, where masters "
             f"never reach it. Use a rule that reads param_groups at each step, or FP32 parameters."
         )
-    return Admission(False, manner.closure == "evaluates", why)
+    calls_closure = manner.closure == "evaluates"
+    return Admission(False, calls_closure, why, native.low_states, native.counted)
+
+
+def _check_ids(inner: Optimizer, code: RuleCode) -> None:
+    """Refuse a rule that finds its own by the `id` of a parameter: stand-ins have other ones."""
+    ids = frozenset(id(param) for group in inner.param_groups for param in group["params"])
+    for values in (vars(inner), *inner.param_groups):
+        for name, value in values.items():
+            if name in ("params", "param_groups", "state") or not code.names_any((name,)):
+                continue
+            try:
+                Copier({id(inner): inner}, ids).copy(value)
+            except IdOfParameter as held:
+                raise TypeError(
+                    f"{type(inner).__name__} cannot run on FP32 masters: {name!r} holds {held}, "
+                    f"and the tensors that stand in for parameters have other ids. Keep it in "
+                    f"state[param], or use FP32 parameters."
+                ) from None
+            except Opaque:
+                continue
 
 
 def accepts_sparse(inner: Optimizer) -> bool:
     """Whether the rule takes sparse gradients, found by giving it some."""
-    with undisturbed(inner):
+    with undisturbed(inner) as trying:
         try:
-            _trial(inner, _native, Manner("sparse"))
-        except Exception:
+            _trial(inner, trying, _native, Manner("sparse"))
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
             return False
     return True
+
+
+def counts_writes(inner: Optimizer) -> bool:
+    """Whether torch's version counters tell of all tensors that the rule writes to, as tried."""
+    with undisturbed(inner) as trying:
+        try:
+            return _native_trial(inner, trying, with_loss=False)[1].counted
+        except Exception:
+            return False
 
 
 # ---------------------------------------- trials
@@ -134,26 +192,40 @@ def accepts_sparse(inner: Optimizer) -> bool:
 
 @dataclass
 class _Record:
-    """What a trial left behind: values after every step, attributes after the last."""
+    """What a trial left behind: values after every step; after the last, attributes, and what has
+    changed outside of the optimizer."""
 
     params: list[list[Tensor]]
     states: list[list[Any]]
     groups: list[list[dict[str, Any]]]
     attributes: dict[str, Any]
+    outside: dict[str, Any] = field(default_factory=dict[str, Any])
+    counted: bool = True
+    """Whether no tensor has changed behind torch's version counters."""
+
+    @property
+    def low_states(self) -> frozenset[str]:
+        """Names of states in 16 bits."""
+        found: set[str] = set()
+        for entry in (entry for entries in self.states for entry in entries):
+            found.update(name for name, value in entry.items() if any(map(_is_low, _leaves(value))))
+        return frozenset(found)
 
 
 _Step = Callable[[Optimizer, list[list[Tensor]], Manner, int], None]
 
 
-def _native_trial(inner: Optimizer, with_loss: bool) -> tuple[Manner, _Record]:
+def _native_trial(inner: Optimizer, trying: Trying, with_loss: bool) -> tuple[Manner, _Record]:
     """The reference trial, in the first manner that the rule can run in."""
     errors: list[str] = []
     for manner in _MANNERS:
         if with_loss and manner.closure == "none":
             manner = replace(manner, closure="loss")
         try:
-            return manner, _trial(inner, _native, manner)
+            return manner, _trial(inner, trying, _native, manner)
         except Exception as error:
+            if is_of_the_machine(error):
+                raise
             text = quote(error)
             errors.extend([text] if text not in errors else [])
     raise TypeError(
@@ -163,30 +235,55 @@ def _native_trial(inner: Optimizer, with_loss: bool) -> tuple[Manner, _Record]:
     )
 
 
-def _trial(inner: Optimizer, step: _Step, manner: Manner) -> _Record:
-    twin, params = twin_of(inner, manner)
+def _trial(inner: Optimizer, trying: Trying, step: _Step, manner: Manner) -> _Record:
+    twin, params = twin_of(inner, manner, trying.code)
     if callable(train := getattr(twin, "train", None)):
         train()  # schedule-free rules step in no other mode; whether the real one is in it, it says
-    torch.manual_seed(0)
-    random.seed(0)
+    trying.begin()
     generator = torch.Generator().manual_seed(0)
     record = _Record([], [], [], {})
     flat = [param for group in params for param in group]
     for turn, size in enumerate(GRADIENT_SIZES):
         for place, param in enumerate(flat):
-            grad = torch.randn(param.shape, generator=generator).to(param) * size
+            scale = size * GRADIENT_SPREAD[place % len(GRADIENT_SPREAD)]
+            grad = torch.randn(param.shape, generator=generator).to(param) * scale
             if _rests(manner, turn, place, len(params[0])):
                 param.grad = None
             elif manner.grads == "sparse":
                 param.grad = grad.to_sparse(1) if grad.ndim else None  # torch has no sparse scalars
             else:
                 param.grad = grad
+        before = _versions(twin, flat)
         step(twin, params, manner, turn)
+        record.counted = record.counted and _are_counted(before)
         record.params.append([param.detach().clone() for param in flat])
         record.states.append(_states(twin, flat))
         record.groups.append([_plain(group) for group in twin.param_groups])
     record.attributes = _plain({k: v for k, v in vars(twin).items() if k not in _OUTSIDE})
+    record.outside = trying.changed()
     return record
+
+
+def _versions(twin: Optimizer, params: list[Tensor]) -> list[tuple[Tensor, int, Tensor]]:
+    """Tensors that a rule may write to, with their versions and values."""
+    states = (twin.state.get(param) or {} for param in params)
+    held = [*params, *(leaf for state in states for leaf in _leaves(state))]
+    dense = (t for t in held if isinstance(t, Tensor) and t.layout == torch.strided)
+    return [(tensor, tensor._version, tensor.detach().clone()) for tensor in dense]
+
+
+def _are_counted(before: list[tuple[Tensor, int, Tensor]]) -> bool:
+    return all(t._version != version or same(t.detach(), value) for t, version, value in before)
+
+
+def _leaves(value: Any) -> list[Any]:
+    found: list[Any] = []
+    map_leaves(lambda _, leaf: found.append(leaf), "", value)
+    return found
+
+
+def _is_low(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
 
 def _rests(manner: Manner, turn: int, place: int, first_group: int) -> bool:
@@ -291,16 +388,22 @@ def _difference(native: _Record, other: _Record) -> str:
     for key in native.attributes:
         if not same(native.attributes[key], other.attributes.get(key)):
             return f"its attribute {key!r} differs"
+    for key in {**native.outside, **other.outside}:
+        if not same(native.outside.get(key), other.outside.get(key)):
+            return f"{key} differs"
     return ""
 
 
 # ---------------------------------------- the twin that is tried
 
 
-def twin_of(inner: Optimizer, manner: Manner) -> tuple[Optimizer, list[list[Tensor]]]:
+def twin_of(
+    inner: Optimizer, manner: Manner, code: RuleCode
+) -> tuple[Optimizer, list[list[Tensor]]]:
     """A copy of `inner` at its hyperparameters over small FP32 parameters.
 
     It has no state, although `inner` may have stepped: what is tried does not depend on its age.
+    Attributes that the rule's code never names (a model that somebody put there) are not copied.
     """
     generator = torch.Generator().manual_seed(0)
     state: defaultdict[Any, Any] = defaultdict(dict)
@@ -324,7 +427,8 @@ def twin_of(inner: Optimizer, manner: Manner) -> tuple[Optimizer, list[list[Tens
     memo[id(inner)] = twin = object.__new__(type(inner))
     kept = {k: v for k, v in vars(inner).items() if k != "step"}
     kept |= {k: OrderedDict() for k in kept if k.startswith("_optimizer_")}
-    twin.__dict__.update(copy.deepcopy(kept, memo))
+    named = {k: v for k, v in kept.items() if code.names_any((k,)) or k.startswith("_optimizer_")}
+    twin.__dict__.update({**kept, **copy.deepcopy(named, memo)})
     state.update(copy.deepcopy(_shared_state(inner), memo))
     twin.state, twin.param_groups = state, groups
     return twin, params
@@ -344,6 +448,8 @@ def _is_option(inner: Optimizer, key: str, value: Any) -> bool:
 def _corner(entry: dict[str, Any], param: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
     """A parameter's state with what is shaped like the parameter cut to `shape`."""
     corner = tuple(slice(0, size) for size in shape)
+    if param.dtype in LOW:
+        entry = {key: value for key, value in entry.items() if key != MASTER}
 
     def cut(_name: str, value: Any) -> Any:
         if isinstance(value, Tensor) and value.shape == param.shape:
@@ -391,21 +497,7 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def undisturbed(inner: Optimizer) -> Generator[None]:
-    """Random state kept, and no warnings: the rule will give its own when it really runs."""
-    devices = {p.device for group in inner.param_groups for p in group["params"]}
-    cuda = [device for device in devices if device.type == "cuda"]
-    python_state = random.getstate()
-    try:
-        with torch.random.fork_rng(devices=cuda), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(python_state)
-
-
-def quote(error: Exception) -> str:
+def quote(error: BaseException) -> str:
     """The error's class and first line, short enough for a message of ours."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:120] if text else ''}"

@@ -47,7 +47,7 @@ _ALL: dict[str, StateFormat] = {"8bit": "int8", "bf16": "bf16"}
 _FORMATS = ("fp32", "bf16", "int8")
 
 
-def scale_key(name: str) -> str:
+def scale_key(name: object) -> str:
     """The key, in a parameter's state, of the scales that belong to the codes called `name`.
 
     >>> scale_key("exp_avg")
@@ -56,9 +56,22 @@ def scale_key(name: str) -> str:
     return f"{name}.scale"
 
 
-def is_scale(key: object) -> bool:
-    """Whether a key of a parameter's state is one that `scale_key` made."""
-    return isinstance(key, str) and key.endswith(".scale")
+def scales_in(entry: Mapping[Any, Any], name: Any) -> Tensor | None:
+    """The scales of what a parameter's state holds under `name`, if these are codes of ours.
+
+    A rule may have states of such names itself.
+
+    >>> import torch
+    >>> codes, scales = encode(torch.ones(40), torch.int8)
+    >>> scales_in({"m": codes, "m.scale": scales}, "m") is scales
+    True
+    >>> scales_in({"m": torch.ones(40), "m.scale": torch.ones(40)}, "m")
+    """
+    codes, scales = entry.get(name), entry.get(scale_key(name))
+    if not isinstance(codes, Tensor) or not isinstance(scales, Tensor) or codes.dtype not in TOP:
+        return None
+    fits = scales.is_floating_point() and scales.shape == (num_blocks(codes.numel()),)
+    return scales if fits else None  # a checkpoint may have widened them
 
 
 def check_formats(state_formats: Any) -> None:
@@ -115,6 +128,22 @@ def check_names(state_formats: StateFormats, states: Iterable[str], rule: str) -
             )
 
 
+def check_keys(state_formats: StateFormats, keys: Iterable[Any], rule: str) -> None:
+    """Refuse codes whose scales would be kept where the rule keeps something itself.
+
+    Raises:
+        ValueError: with the two names.
+    """
+    known = set(keys)
+    for name in known:
+        if format_of(name, state_formats) == "int8" and scale_key(name) in known:
+            raise ValueError(
+                f"{rule} keeps a state called {scale_key(name)!r}, where the scales of {name!r} in "
+                f"8 bits would be. Give {name!r} another format, as in state_formats={{{name!r}: "
+                f"'bf16'}}, or rename one of the two in the rule."
+            )
+
+
 def stored_dtype(format: StateFormat, *, non_negative: bool) -> torch.dtype:
     """What a state of this format is held in."""
     if format == "int8":
@@ -166,6 +195,20 @@ def decode(codes: Tensor, scales: Tensor | None) -> Tensor:
     wide, blocks = scales.float()[:, None], _blocks(codes.float())
     top = wide.new_full((), TOP[codes.dtype])
     return _unblocked((blocks * blocks.abs() * wide).div_(top * top), codes)
+
+
+def survives(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether codes of these values stand for them, as near as their law allows.
+
+    A code is off by half a step at most, `(1/top + 1/(4 top²)) * scale`, and clamped where the BF16
+    scale was rounded down, by 2^-8 of it. Infinities and values beyond 2^110 do not survive.
+
+    >>> survives(torch.tensor([1.0, -0.3]), torch.int8), survives(torch.tensor([-1.0]), torch.uint8)
+    (True, False)
+    """
+    top, largest = TOP[dtype], _blocks(values).abs().amax(1, keepdim=True)
+    error = (_blocks(decode(*encode(values, dtype))) - _blocks(values)).abs()
+    return bool((error <= (1 / top + 0.25 / top**2 + 2**-8) * 1.01 * largest).all())
 
 
 def _blocks(values: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 
 from mixprec import formats
 from mixprec.binades import MAX_FLUSHED, MAX_SATURATED, Binades, percent, signed
 from mixprec.formats import E4M3, E5M2, FP16, Format
+from mixprec.markup import escaped
 from mixprec.watch_rows import Row
 
 __all__ = ["page"]
@@ -104,7 +104,7 @@ def _advice(sentences: Sequence[str]) -> Iterator[str]:
             f"<p>Nothing: no tensor has more than {percent(MAX_SATURATED)} of its values above its "
             f"format's largest, or more than {percent(MAX_FLUSHED)} that become 0 in it.</p>"
         )
-    items = [f"<li>{escape(sentence)}</li>" for sentence in sentences]
+    items = [f"<li>{escaped(sentence)}</li>" for sentence in sentences]
     if items:
         yield "<ol>" + "\n".join(items[:SHOWN]) + "</ol>"
     if items[SHOWN:]:
@@ -157,11 +157,11 @@ def _block(row: Row, scale: _Scale) -> str:
     judged = f", judged as {row.format.name}{at}" if row.format else ""
     shared = f", shared with {', '.join(row.also)}" if row.also else ""
     about = f"{row.kind}, {'+'.join(row.dtypes)}{judged}{shared}"
-    fault = [f"<p>{escape(row.fault)}</p>"] if row.fault else []
+    fault = [f"<p>{escaped(row.fault)}</p>"] if row.fault else []
     opened = " open" if row.fault else ""
     return "\n".join(
         [
-            f"<section>\n<h3>{escape(row.name)} <small>{escape(about)}</small></h3>",
+            f"<section>\n<h3>{escaped(row.name)} <small>{escaped(about)}</small></h3>",
             *fault,
             _strip(row, scale),
             f"<details{opened}><summary>{_counted(row.binades)}</summary>",
@@ -199,7 +199,7 @@ def _rates(row: Row) -> Iterator[str]:
 
 def _strip(row: Row, scale: _Scale) -> str:
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(row.name)}">',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(row.name)}">',
         *_axis(scale),
         *_bars(row, scale),
     ]

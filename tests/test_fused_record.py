@@ -704,7 +704,7 @@ FOOLS: dict[Update, str] = {
     reads_its_norm: "its Python code looks at a number of the data, by item() or in an if",
     branches_on_its_norm: "its Python code looks at a number of the data, by item() or in an if",
     keeps_its_norm_in_its_group: "it keeps what depends on data under 'norm', outside of its state",
-    keeps_its_norm_on_itself: "differs from the rule itself: the parameter after trial step 1",
+    keeps_its_norm_on_itself: "it changes its attribute 'norm' as it steps, where only numbers are",
     lists_its_norms: "it keeps a number of the data inside of a collection, as norms[0]",
     couples_tensors: "differs from the rule itself: the parameter after trial step 1",
     lets_the_last_norm_win: "differs from the rule itself: the parameter after trial step 1",

@@ -25,8 +25,10 @@ from mixprec.fused.admission import (
     admit_fused,
 )
 from mixprec.fused.dispatch import Recorder
+from mixprec.fused.kinds import Kinds
 from mixprec.fused.program import NUMEL, OPERATIONS, Op, Program
-from mixprec.fused.record import Element, Probe, RuleState, kind_of
+from mixprec.fused.record import Element, Probe, RuleState
+from mixprec.rule_code import code_of
 
 SHAPES = ((33, 17), (65,), (5, 4, 3, 2), (1, 9), (1,))
 
@@ -527,8 +529,9 @@ def test_a_size_that_small_tensors_hide_is_seen_at_any_learning_rate(lr: float) 
 
 def test_kinds_are_told_apart_by_size_only_where_it_matters() -> None:
     wide, high = params((4, 6), (6, 4))
-    assert kind_of(wide) == kind_of(high)
-    assert kind_of(wide, by_size=True) != kind_of(high, by_size=True)
+    kinds = Kinds(code_of(bent(knows_its_aspect)([wide, high])))
+    assert kinds.kind_of(wide) == kinds.kind_of(high)
+    assert kinds.kind_of(wide, by_size=True) != kinds.kind_of(high, by_size=True)
 
 
 def test_a_number_that_only_data_would_show_is_refused() -> None:

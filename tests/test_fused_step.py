@@ -259,6 +259,7 @@ def test_raw_codes_load_too() -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.filterwarnings("ignore:every gradient of this step is exactly 0")
 @pytest.mark.parametrize("stored", [None, "8bit"])
 def test_a_state_that_was_replaced_by_hand_is_used(stored: Any) -> None:
     optimizer = mixprec.MixedPrecision(SGD(params(), lr=0.1, momentum=0.5), fused=True,
@@ -332,7 +333,7 @@ def judge_on_device(optimizer: mixprec.MixedPrecision, monkeypatch: pytest.Monke
 
     def on_device(*args: Any, **kwargs: Any) -> Verdict:
         verdict = judged(*args, **{**kwargs, "on_device": True})
-        optimizer._skips.add(verdict.overflowed)  # as the kernel does
+        optimizer._skips.add(verdict.overflowed, verdict.held)  # as the kernel does
         return replace(verdict, recorded=True)
 
     monkeypatch.setattr(optimizer, "_judge", on_device)

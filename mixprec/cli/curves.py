@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
-from xml.sax.saxutils import escape
+
+from mixprec.markup import escaped
 
 __all__ = ["FAULTY", "SOUND", "Curve", "Picture", "Stroke", "draw_svg", "draw_text"]
 
@@ -125,8 +126,8 @@ def draw_svg(curves: Sequence[Curve], picture: Picture) -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-labelledby="title description">',
-        f'<title id="title">{escape(picture.title)}</title>',
-        f'<desc id="description">{escape(_description(curves, picture))}</desc>',
+        f'<title id="title">{escaped(picture.title)}</title>',
+        f'<desc id="description">{escaped(_description(curves, picture))}</desc>',
         _style(curves),
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="10"/>',
         _text(28, 44, picture.title, "heading"),
@@ -171,7 +172,7 @@ def _style(curves: Sequence[Curve]) -> str:
 
 
 def _text(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def _frame(x_axis: Axis, y_axis: Axis, picture: Picture) -> list[str]:
@@ -210,8 +211,8 @@ def _labels(curves: Sequence[Curve], x_axis: Axis, y_axis: Axis) -> list[str]:
             f'<path class="leader" d="M{start:.1f} {y:.1f}L{left - 4} {place:.1f}"/>',
             f'<path class="curve c{i}" stroke-width="{stroke.width:g}" '
             f'stroke-dasharray="{stroke.dashes}" d="M{left + 4} {place:.1f}h22"/>',
-            f'<text x="{left + 38}" y="{place + 5:.1f}"><tspan class="name">{escape(curve.name)}'
-            f'</tspan><tspan class="quiet" dx="8">{escape(curve.value)}</tspan></text>',
+            f'<text x="{left + 38}" y="{place + 5:.1f}"><tspan class="name">{escaped(curve.name)}'
+            f'</tspan><tspan class="quiet" dx="8">{escaped(curve.value)}</tspan></text>',
         ]
         if curve.note:
             parts.append(_text(left + 38, round(place + 5 + NOTE_SPACING, 1), curve.note, "small"))

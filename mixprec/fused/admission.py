@@ -32,11 +32,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mixprec.admission import Manner, quote, twin_of, undisturbed
+from mixprec.admission import Manner, quote, twin_of
 from mixprec.fused.dispatch import NotFusible
+from mixprec.fused.kinds import Kinds
 from mixprec.fused.program import REDUCTIONS, Program
-from mixprec.fused.record import Probe, Recording, RuleState, is_one, kind_of
+from mixprec.fused.record import Probe, Recording, RuleState, is_one
+from mixprec.fused.twin import Twin
 from mixprec.inner import rule_of, same
+from mixprec.machine import is_of_the_machine
+from mixprec.rule_code import code_of
+from mixprec.state_formats import StateFormats, format_of, survives
+from mixprec.undisturbed import Trying, undisturbed
 
 GRADIENT_SIZES = (1.0, 1e-3, 30.0, 1.0, 1.0, 0.1, 3.0, 1.0, 1e-2, 1.0, 10.0, 1.0)
 """Gradient size of each trial step. RAdam leaves its warm-up at the sixth."""
@@ -77,6 +83,8 @@ class FusedAdmission:
         reduced: entries of a parameter's state that hold numbers of the data.
         first_eager: whether a parameter without state must be stepped by the rule itself.
         by_size: whether scalars depend on a parameter's sizes, so that each needs its own probe.
+        keys: all that a parameter's state holds.
+        negative: the states that were negative in some trial step.
     """
 
     fusible: bool
@@ -86,14 +94,14 @@ class FusedAdmission:
     reduced: tuple[str, ...] = ()
     first_eager: bool = False
     by_size: bool = False
+    keys: frozenset[Any] = frozenset()
+    negative: frozenset[str] = frozenset()
 
-    def probe(self, inner: Optimizer, index: int, like: Tensor) -> Probe:
+    def probe(
+        self, inner: Optimizer, index: int, like: Tensor, kinds: Kinds | None = None
+    ) -> Probe:
         """A probe for the parameters of the kind of `like`, as this admission needs it."""
-        return Probe(inner, index, like, by_size=self.by_size, reduced=self.reduced)
-
-    def kind_of(self, param: Tensor) -> tuple[Any, ...]:
-        """Which parameters may share a probe: those of equal kind."""
-        return kind_of(param, by_size=self.by_size)
+        return Probe(inner, index, like, by_size=self.by_size, reduced=self.reduced, kinds=kinds)
 
     def state_of(self, entry: Mapping[str, Any], param: Tensor) -> RuleState:
         """What a probe needs of a parameter's entry in the optimizer's `state`."""
@@ -104,12 +112,15 @@ class _Differs(Exception):
     """What the program does otherwise than the eager rule."""
 
 
-def admit_fused(inner: Optimizer, index: int) -> FusedAdmission:
+def admit_fused(
+    inner: Optimizer, index: int, formats: StateFormats = None, kinds: Kinds | None = None
+) -> FusedAdmission:
     """Whether the rule of `inner.param_groups[index]` may run as programs, tried before its use.
 
     Leaves the optimizer, its groups, its state and the random state alone. Takes some tens of
-    milliseconds. Parameters of no dimensions are left out, and so is a closure: steps that are
-    given one are for the rule itself, which may use the loss.
+    milliseconds. With `formats`, states are put into 8 bits where they will be. Parameters of no
+    dimensions are left out, and so is a closure: steps that are given one are for the rule itself,
+    which may use the loss.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(4, 4))
@@ -118,18 +129,22 @@ def admit_fused(inner: Optimizer, index: int) -> FusedAdmission:
     >>> admit_fused(torch.optim.Adafactor([weight]), 0).reason
     'its Python code looks at a number of the data, by item() or in an if'
     """
-    with undisturbed(inner):
-        found = [_admit(inner, index, _Way())]
-        for way in (_Way(by_size=True), _Way(first_eager=True)):
+    kinds = Kinds(code_of(inner)) if kinds is None else kinds
+    plain = _Way(kinds, formats)
+    with undisturbed(inner, kinds.code) as trying:
+        found = [_admit(inner, index, plain, trying)]
+        for way in (replace(plain, by_size=True), replace(plain, first_eager=True)):
             if not found[-1].fusible:
-                found.append(_admit(inner, index, way))
+                found.append(_admit(inner, index, way, trying))
     return found[-1] if found[-1].fusible else found[0]
 
 
 @dataclass(frozen=True)
 class _Way:
-    """How a rule is fused; the attributes are those of `FusedAdmission`."""
+    """How a rule is fused; the attributes are those of `FusedAdmission`, and of `admit_fused`."""
 
+    kinds: Kinds
+    formats: StateFormats
     by_size: bool = False
     first_eager: bool = False
 
@@ -138,15 +153,22 @@ class _Way:
         return told + (", after a first step of its own" if self.first_eager else "")
 
 
-def _admit(inner: Optimizer, index: int, way: _Way) -> FusedAdmission:
+def _admit(inner: Optimizer, index: int, way: _Way, trying: Trying) -> FusedAdmission:
     try:
+        Twin(inner, index, way.kinds).load(torch.nn.Parameter(torch.zeros(2, 3)), {}, foreach=False)
         trials = _trials(inner, index, way)
         _check_sizes(trials[0], inner.param_groups[index]["params"])
+        if changed := next(iter(trying.changed()), None):
+            raise NotFusible(f"it changes {changed} as it steps, which a recording cannot follow")
+        if trying.drawn() - ({"torch"} if way.first_eager else set()):
+            raise NotFusible("it draws random numbers")
     except NotFusible as error:
         return FusedAdmission(False, str(error))
     except _Differs as error:
         return FusedAdmission(False, f"its recording differs from the rule itself: {error}")
     except Exception as error:
+        if is_of_the_machine(error):
+            raise
         return FusedAdmission(False, f"tried on small tensors it raised {quote(error)}")
     programs = dict.fromkeys(program for trial in trials for program in trial.programs)
     reduced = dict.fromkeys(name for trial in trials for name in trial.reduced)
@@ -154,7 +176,15 @@ def _admit(inner: Optimizer, index: int, way: _Way) -> FusedAdmission:
     how = "bit by bit" if exact else f"within {TOLERANCE:g} of each update"
     reason = f"its recording equals the rule {how}, in {len(GRADIENT_SIZES)} trial steps{way}"
     return FusedAdmission(
-        True, reason, exact, tuple(programs), tuple(reduced), way.first_eager, way.by_size
+        True,
+        reason,
+        exact,
+        tuple(programs),
+        tuple(reduced),
+        way.first_eager,
+        way.by_size,
+        keys=frozenset(key for trial in trials for key in trial.keys),
+        negative=frozenset(name for trial in trials for name in trial.negative),
     )
 
 
@@ -170,8 +200,8 @@ def _trials(inner: Optimizer, index: int, way: _Way) -> list[_Trial]:
             trial = _trial(inner, index, manner, reduced, way)
         except (NotFusible, _Differs):
             raise
-        except Exception:
-            if not afresh:
+        except Exception as error:
+            if not afresh or is_of_the_machine(error):
                 raise
             continue  # it makes its state at construction, as torch's Adagrad, and cannot later
         if trial.reduced != reduced:
@@ -189,7 +219,9 @@ def _trial(
         trial.run(resting=True)
     except (NotFusible, _Differs):
         raise
-    except Exception:
+    except Exception as error:
+        if is_of_the_machine(error):
+            raise
         # Torch's fused SGD fails where only some momentum buffers exist, and a rule may want
         # numbers in its group that are no options.
         trial = _Trial(inner, index, replace(manner, counters=True), reduced, way)
@@ -204,16 +236,20 @@ def _check_sizes(trial: _Trial, params: list[Tensor]) -> None:
     Parameters of one element were part of the trial as they are.
     """
     probes: dict[Any, Probe] = {}
-    for param in {(p.shape, kind_of(p)): p for p in params if p.numel() > 1 and p.ndim}.values():
-        if kind_of(param) not in probes:
-            probes[kind_of(param)] = Probe(trial.twin, 0, param, reduced=trial.reduced)
+    kinds = trial.way.kinds
+    for param in {
+        (p.shape, kinds.kind_of(p)): p for p in params if p.numel() > 1 and p.ndim
+    }.values():
+        kind = param.ndim, kinds.kind_of(param)
+        if kind not in probes:
+            probes[kind] = trial.probe(param)
         small = [small for small in trial.params if small.ndim == param.ndim]
         first_eager, by_size = trial.way.first_eager, trial.way.by_size
         state = trial.state_of(small[0]) if first_eager or trial.with_state else RuleState()
         tried = {param.shape for param in small}
         if first_eager and state.numbers and len(tried) == 1 and param.shape not in tried:
             raise NotFusible("its first step is tried with one size only, which the state may hold")
-        probes[kind_of(param)].check_size(param.shape, state, by_size=by_size)
+        probes[kind].check_size(param.shape, state, by_size=by_size)
 
 
 @dataclass(frozen=True)
@@ -243,22 +279,36 @@ class _Trial:
         reduced: tuple[str, ...],
         way: _Way,
     ) -> None:
-        self.twin, params = twin_of(inner, manner)
+        self.twin, params = twin_of(inner, manner, way.kinds.code)
         self.group: dict[str, Any] = self.twin.param_groups[index]
-        self.twin.param_groups = [self.group]
+        others = [group for i, group in enumerate(params) if i != index]
+        if not way.kinds.code.sees_groups:
+            self.twin.param_groups, index, others = [self.group], 0, []
+        self._index, self._others = index, [p for group in others for p in group]
         if callable(train := getattr(self.twin, "train", None)):
             train()  # schedule-free rules step in no other mode
-        self.params = [param for param in params[index] if param.ndim]
+        self.params = [param for param in self.group["params"] if param.ndim]
         self.group["params"][:] = self.params
         if not self.params:
             raise NotFusible("a parameter of no dimensions looks like the numbers of the rule")
         if any(param.dtype != torch.float32 for param in self.params):
             raise NotFusible("a parameter is float64, and kernels compute in FP32")
         self.way, self.with_state = way, manner.with_state
-        kinds: dict[str, Any] = {"by_size": way.by_size, "reduced": reduced}
-        self.probes = {param: Probe(self.twin, 0, param, **kinds) for param in self.params}
         self.reduced = reduced
+        self.probes = {param: self.probe(param, by_size=way.by_size) for param in self.params}
         self.exact = True
+        self.keys: set[Any] = set()
+        self.negative: set[str] = set()
+
+    def probe(self, like: Tensor, *, by_size: bool = False) -> Probe:
+        return Probe(
+            self.twin,
+            self._index,
+            like,
+            by_size=by_size,
+            reduced=self.reduced,
+            kinds=self.way.kinds,
+        )
 
     def state_of(self, param: Tensor) -> RuleState:
         return RuleState.of(self.twin.state.get(param) or {}, param, self.reduced)
@@ -275,6 +325,8 @@ class _Trial:
                 grad = torch.randn(param.shape, generator=generator).to(param) * scale
                 rests = resting and len(self.params) > 1 and (turn + place) % 5 == 4
                 param.grad = None if rests else grad
+            for param in self._others:
+                param.grad = torch.randn(param.shape, generator=generator).to(param) * size
             self._compare(turn)
             if turn in (3, 7):
                 _slow_down(self.group)
@@ -351,6 +403,7 @@ class _Trial:
         state = found.recording.state
         right = RuleState.of(entry, param, state.reduced)
         kept = {name: tensor.detach() for name, tensor in right.tensors(entry).items()}
+        self.keys.update(entry)
         if set(kept) != set(found.states):
             raise _Differs(f"it keeps {sorted(kept)}, not {sorted(found.states)}, {where}")
         for key, value in {**right.numbers, **state.numbers}.items():
@@ -365,6 +418,19 @@ class _Trial:
             self._compare_tensor(
                 value, kept[name], found.tolerance * size, f"state[{name!r}] {where}"
             )
+        for name in right.elements:
+            self._code(name, kept[name], where)
+
+    def _code(self, name: str, value: Tensor, where: str) -> None:
+        """Note a state's sign; store it as it will be stored, if that is in 8 bits."""
+        if bool((value < 0).any()):
+            self.negative.add(name)
+        if format_of(name, self.way.formats) == "int8" and "[" not in name:
+            kinds = (torch.int8,) if name in self.negative else (torch.int8, torch.uint8)
+            if not all(survives(value, kind) for kind in kinds):
+                raise _Differs(
+                    f"state[{name!r}] {where} holds what 8 bits cannot: {value.amax():g}"
+                )
 
     def _compare_tensor(self, found: Tensor, right: Tensor, allowed: Tensor, what: str) -> None:
         if same(found, right):

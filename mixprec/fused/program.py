@@ -45,7 +45,7 @@ class NotFusible(Exception):
     """Why a rule is no program, as the end of the sentence "it cannot be fused: ..."."""
 
 
-_OURS = re.compile(r"[rst]\d+|master|grad|numel")
+_OURS = re.compile(r"[rst][0-9]+|master|grad|numel|[%#].*|", re.DOTALL)
 
 
 def is_free_name(name: object) -> bool:
@@ -55,6 +55,19 @@ def is_free_name(name: object) -> bool:
     (True, False, False)
     """
     return isinstance(name, str) and not _OURS.fullmatch(name) and "'" not in name
+
+
+def readable(name: str) -> str:
+    """A name as formulas show it, which is on one line and of one piece whatever is in it.
+
+    >>> print(readable("exp_avg'"), readable("a + b"))
+    exp_avg' 'a + b'
+    """
+    plain, prime = name.removesuffix("'"), "'" if name.endswith("'") else ""
+    return (plain if _OF_ONE_PIECE.fullmatch(plain) else ascii(plain)) + prime
+
+
+_OF_ONE_PIECE = re.compile(r"[\w.\[\]]+")
 
 
 @dataclass(frozen=True)
@@ -160,15 +173,15 @@ class Program:
 
 
 def _is_scalar(name: str) -> bool:
-    return name[0] == "s" and name[1:].isdigit()
+    return re.fullmatch(r"s[0-9]+", name) is not None
 
 
 def _is_r(name: str) -> bool:
-    return name[0] == "r" and name[1:].isdigit()
+    return re.fullmatch(r"r[0-9]+", name) is not None
 
 
 def _is_temporary(name: str) -> bool:
-    return name[0] in "rt" and name[1:].isdigit()
+    return re.fullmatch(r"[rt][0-9]+", name) is not None
 
 
 def _beside(like: Tensor, value: Tensor | float) -> Tensor | float:
@@ -323,7 +336,7 @@ def _formula(program: Program) -> str:
     lines: list[str] = []
     for op in program.ops:
         operation = OPERATIONS[op.name]
-        inputs = [texts.get(name, (name, _ATOM)) for name in op.inputs]
+        inputs = [texts.get(name, (readable(name), _ATOM)) for name in op.inputs]
         places = [
             text if level >= need else f"({text})"
             for (text, level), need in zip(inputs, operation.needs, strict=True)
@@ -333,8 +346,9 @@ def _formula(program: Program) -> str:
         if _is_temporary(op.output) and not kept:
             texts[op.output] = (text, operation.level)
         else:
-            lines.append(f"{op.output} = {text}")
-    lines += [f"{name}' = {value}" for name, value in program.outputs if value != f"{name}'"]
+            lines.append(f"{readable(op.output)} = {text}")
+    named = [(f"{name}'", value) for name, value in program.outputs]
+    lines += [f"{readable(new)} = {readable(value)}" for new, value in named if value != new]
     return "\n".join(lines)
 
 

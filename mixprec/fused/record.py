@@ -29,38 +29,31 @@ apart, by where they come from.
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from types import FunctionType, MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixprec.admission import Manner, twin_of
+from mixprec.admission import TAKEN, quote
 from mixprec.fused.dispatch import NotFusible, RawOp, Recorder
+from mixprec.fused.kinds import Kinds, SizesRead
 from mixprec.fused.program import GRAD, MASTER, Op, Program, is_free_name
 from mixprec.fused.replay import Replay
 from mixprec.fused.sizes import NumbersOnHost, SizeRecorder
-from mixprec.fused.state import Element, RuleState, is_one, own, without_elements
+from mixprec.fused.state import Element, RuleState, is_one, without_elements
 from mixprec.fused.tape import Tape, tape_of
-from mixprec.inner import copy_marks, map_leaves, rule_of, same
+from mixprec.fused.traps import Untouchable, touched
+from mixprec.fused.twin import Twin
+from mixprec.inner import map_leaves, rule_of, same
+from mixprec.machine import is_of_the_machine
 
 PROBE_SIZES = (7, 11, 2, 3, 2, 3)
 """The probe's shape, cut to its number of dimensions: no square, and never a shape of a trial."""
-
-# Other ways to do the same: one program serves them all. The plain loop is recorded first; where
-# it looks at a norm, the list code may select with `torch.where` instead, to spare the GPU a stop.
-_IMPLEMENTATIONS = ("foreach", "fused", "capturable")
-
-_NOT_VALUES = ("params", "param_names")
-
-_NOT_COUNTERS = {*_NOT_VALUES, *_IMPLEMENTATIONS}
-
-_PLAIN_VALUES = (int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -84,27 +77,22 @@ class Recording:
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
-def kind_of(param: Tensor, *, by_size: bool = False) -> tuple[Any, ...]:
-    """What a rule may read of a parameter, other than its values; a hashable key.
-
-    Without its sizes, unless `by_size` (`FusedAdmission.by_size`) says that the rule reads them.
-    """
-    marks = ((name, repr(value)) for name, value in sorted(vars(param).items()))
-    return (tuple(param.shape) if by_size else param.ndim, *marks)
-
-
 class Probe:
     """Records the rule of a group for parameters such as `like`, on a twin of the optimizer.
 
-    One probe serves all parameters of a group of one kind (`kind_of`), since rules may read how
-    many dimensions a parameter has and what attributes. Its sizes are for `check_size`, unless the
-    rule's scalars depend on them: with `by_size` the probe has the sizes of `like`, and no data.
+    One probe serves all parameters of a group of one kind (`kinds`). Its sizes are not theirs: if
+    the rule asks for sizes in a step, that step is recorded for each size once more (`serve`),
+    unless scalars depend on them: with `by_size` the probe has the sizes of `like`, and no data.
     States named in `reduced` are written by the program even where their value is known.
 
     The optimizer itself, its groups, its state and torch's random state are never written to. A
-    probe keeps nothing from step to step but its programs: a step begins with the group's values
-    and the parameter's `RuleState` and returns what they become, so a step that is thrown away
-    needs no undoing.
+    probe keeps nothing from step to step but its programs: a step begins with the optimizer as it
+    is (`twin.Twin`) and the parameter's `RuleState` and returns what they become, so a step that is
+    thrown away needs no undoing.
+
+    With `given_loss`, the rule is given a closure whose loss it must not look at. With `in_use`,
+    what the rule raises is NotFusible: it may not bear a small tensor, and if it bears none, it
+    will raise it by itself.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -123,24 +111,22 @@ class Probe:
         *,
         by_size: bool = False,
         reduced: Collection[str] = (),
+        kinds: Kinds | None = None,
     ) -> None:
-        self._foreach = False
+        self._foreach = self.given_loss = self.in_use = False
         if like.ndim == 0:
             raise NotFusible("a parameter of no dimensions looks like the numbers of the rule")
-        self._inner, self._index, self._reduced = inner, index, reduced
+        self._twin = Twin(inner, index, kinds)
+        self._by_size, self._reduced = by_size, reduced
         self._programs: dict[Any, tuple[Program, tuple[int, ...]]] = {}
-        twin, _ = twin_of(inner, Manner("steady"))
         sizes = like.shape if by_size else (PROBE_SIZES * like.ndim)[: like.ndim]
         device = "meta" if by_size else "cpu"
         self._param = nn.Parameter(torch.full(sizes, 0.5, dtype=torch.float32, device=device))
-        copy_marks(like, self._param)
-        self._group: dict[str, Any] = twin.param_groups[index]
-        twin.param_groups = [self._group]
-        self._twin: Any = twin
-        self._rule: Callable[..., Any] = rule_of(twin)
+        self._marks = vars(like)
         self._elements: dict[str, Tensor] = {}
         self._tape: Tape | None = None
-        self._shared_keys: tuple[tuple[int, int], list[Any]] | None = None
+        self._served: dict[tuple[int, ...], nn.Parameter] = {}
+        self._sizes_read = False
 
     @property
     def programs(self) -> list[Program]:
@@ -157,7 +143,16 @@ class Probe:
         recording = self._record(self._param, self._elements, state)
         if self._param.is_meta and any(map(_is_meta, recording.state.numbers.values())):
             raise NotFusible("its state has numbers that only data would show")
+        if self._sizes_read and not self._by_size:
+            for sizes, param in self._served.items():
+                self._check_same(recording, self._record(param, {}, state), sizes, by_size=False)
         return recording
+
+    def serve(self, param: Tensor) -> None:
+        """Make sure that each step is right for a parameter of this size, too."""
+        sizes = tuple(param.shape)
+        if self._twin.kinds.asks_sizes and sizes not in self._served and param.numel():
+            self._served[sizes] = _of_size(sizes)
 
     def check_size(
         self, sizes: Sequence[int], state: RuleState | None = None, *, by_size: bool = False
@@ -168,15 +163,19 @@ class Probe:
         data. A rule that scales its learning rate by the fan-in shows itself, unless `by_size`
         allows for other scalars; one that has another way with large tensors does in any case.
         """
-        param = nn.Parameter(torch.empty(tuple(sizes), dtype=torch.float32, device="meta"))
-        copy_marks(self._param, param)
+        param = _of_size(sizes)
         elements: dict[str, Tensor] = {}
         state = RuleState() if state is None else state
         for _ in range(2):
             small, large = self.step(state), self._record(param, elements, state)
-            if not (_same_program if by_size else _agree)(small, large):
-                raise NotFusible(f"its step depends on the parameter's sizes, here {list(sizes)}")
+            self._check_same(small, large, sizes, by_size=by_size)
             state = small.state
+
+    def _check_same(
+        self, small: Recording, large: Recording, sizes: Sequence[int], *, by_size: bool
+    ) -> None:
+        if not (_same_program if by_size else _agree)(small, large):
+            raise NotFusible(f"its step depends on the parameter's sizes, here {list(sizes)}")
 
     def _record(
         self, param: nn.Parameter, elements: dict[str, Tensor], state: RuleState
@@ -190,9 +189,12 @@ class Probe:
                 recording = self._record_as(foreach, param, elements, state)
             except NotFusible as error:
                 refusals[foreach] = error
-            except Exception:
-                if not refusals:
+            except Exception as error:
+                if is_of_the_machine(error) or (not refusals and not self.in_use):
                     raise
+                refusals.setdefault(
+                    foreach, NotFusible(f"on a small tensor it raised {quote(error)}")
+                )
             else:
                 self._foreach = foreach
                 return recording
@@ -205,7 +207,7 @@ class Probe:
         elements: dict[str, Tensor],
         state: RuleState,
     ) -> Recording:
-        before, attributes = self._load(param, foreach)
+        self._twin.load(param, self._marks, foreach=foreach)
         grad = param.grad = torch.full_like(param, 0.25, requires_grad=False)
         for name in state.elements:
             if name not in elements:
@@ -215,36 +217,46 @@ class Probe:
         self._place(param, state, {**kept, **reduced})
         roots = {MASTER: param, GRAD: grad, **kept}
         recorder = (SizeRecorder if param.is_meta else Recorder)(roots, reduced)
-        with recorder, NumbersOnHost() if param.is_meta else nullcontext(), torch.enable_grad():
-            self._rule(self._twin)
-        recording, key, made = self._recording(recorder, param, before, attributes)
+        with recorder, NumbersOnHost() if param.is_meta else nullcontext():
+            self._run(param)
+        recording, key, made = self._recording(recorder, param)
         if param is self._param:
             self._tape = None
-            if not param.is_meta and self._begins_anew(recording.state.numbers):
+            if not param.is_meta:
                 self._tape = tape_of(recorder, {**roots, **reduced}, state, key, made)
         return recording
 
-    def _begins_anew(self, numbers: Mapping[str, Any]) -> bool:
-        """Whether a step that is begun and thrown away leaves no trace."""
-        copied = all(map(_is_copied, (numbers, self._group, self._twin.state)))
-        return copied and _keeps_nothing(self._twin, self._inner)
+    def _run(self, param: nn.Parameter) -> None:
+        """The rule's own step on the twin."""
+        optimizer = self._twin.optimizer
+        loss = Untouchable("it uses the loss, which is known when the step is made")
+        arguments = [lambda: loss] if self.given_loss else []
+        watch = param is self._param and self._twin.kinds.asks_sizes and not self._by_size
+        with SizesRead() if watch else nullcontext() as sizes, torch.enable_grad():
+            rule_of(optimizer)(optimizer, *arguments)
+        if param is self._param:
+            self._sizes_read = sizes is not None and sizes.any
+        if touched(loss):
+            raise NotFusible("it uses the loss, which is known when the step is made")
 
     def _replay(self, state: RuleState) -> Recording | None:
         """The step along the tape of the last one that was recorded, or None if it is another."""
         tape, self._tape = self._tape, None
         if tape is None or not tape.begins_with(state):
             return None
-        before, attributes = self._load(self._param, self._foreach)
+        self._twin.load(self._param, self._marks, foreach=self._foreach)
         if tape.is_held():
             return None
         self._param.grad = tape.roots[GRAD]
         self._place(self._param, state, tape.states)
         replay = Replay(tape)
         try:
-            with replay, torch.enable_grad():
-                self._rule(self._twin)
-            recording, key, _ = self._recording(replay, self._param, before, attributes)
-        except Exception:
+            with replay:
+                self._run(self._param)
+            recording, key, _ = self._recording(replay, self._param)
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
             return None  # if the rule fails, it will again
         if not replay.is_done or key != tape.key:
             return None
@@ -253,48 +265,20 @@ class Probe:
 
     def _place(self, param: nn.Parameter, state: RuleState, tensors: Mapping[str, Tensor]) -> None:
         if state.numbers or tensors:
-            self._twin.state[param] = state.entry(tensors)
-
-    def _load(self, param: nn.Parameter, foreach: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Make the twin what the optimizer is now, with `param` for its only parameter.
-
-        Returns the group's values and the optimizer's attributes, as they are before the step.
-        """
-        group = _taken(self._inner.param_groups[self._index])
-        for key in [k for k in self._group if k not in group and k not in _NOT_VALUES]:
-            del self._group[key]
-        self._group.update((key, own(value)) for key, value in group.items())
-        for key in _IMPLEMENTATIONS:
-            if key in group:
-                self._group[key] = foreach and key == "foreach"
-        self._group["params"][:] = [param]
-        attributes, twin = _plain(self._inner), vars(self._twin)
-        for key in _plain_of(twin, attributes):
-            del twin[key]
-        if "foreach" in attributes:
-            attributes["foreach"] = foreach
-        twin.update(attributes)
-        self._twin.state = defaultdict(dict, self._shared())
-        return group, attributes
-
-    def _shared(self) -> dict[Any, Any]:
-        """What the rule keeps in its state under keys that are no parameters."""
-        state = cast(dict[Any, Any], self._inner.state)
-        seen = (id(state), len(state))  # a look at every key takes longer than the rest of a step
-        if self._shared_keys is None or self._shared_keys[0] != seen:
-            self._shared_keys = seen, [key for key in state if not isinstance(key, Tensor)]
-        return {key: own(state[key]) for key in self._shared_keys[1]}
+            self._twin.optimizer.state[param] = state.entry(tensors)
 
     def _recording(
         self,
         recorder: Recorder | Replay,
         param: nn.Parameter,
-        before: dict[str, Any],
-        attributes: dict[str, Any],
     ) -> tuple[Recording, Any, tuple[Program, tuple[int, ...]]]:
         """The step that a recorder saw; what was left in which value, and what that makes."""
         results = {MASTER: recorder.value_of(param)}
         reduced: dict[str, tuple[int, ...]] = {}
+
+        entry: dict[str, Any] = self._twin.optimizer.state.get(param) or {}
+        if MASTER in entry:
+            raise NotFusible(TAKEN)
 
         def place(name: str, value: Any) -> Any:
             result = recorder.value_of(value)
@@ -302,18 +286,16 @@ class Probe:
                 result = recorder.emit("float", _known(value))
             if result is None:
                 return value
-            _check_kept(name, value)
+            _check_kept(name, value, known=name in results, alone=name in entry)
             results[name] = result
             if result in recorder.per_tensor:
                 reduced[name] = tuple(value.shape)
             return Element(name)
 
-        entry: dict[str, Any] = self._twin.state.get(param) or {}
         numbers = without_elements({k: map_leaves(place, k, v) for k, v in entry.items()})
         if key := next((k for k in reduced if k not in entry), None):
             raise NotFusible(f"it keeps a number of the data inside of a collection, as {key}")
-        group = _changes(self._group, before)
-        shared = _changes(self._twin.state, self._shared())
+        group, shared, attributes = self._twin.changes()
         if key := next((k for k, v in {**group, **shared}.items() if recorder.holds(v)), None):
             raise NotFusible(f"it keeps what depends on data under {key!r}, outside of its state")
         key = (tuple(results.items()), (*recorder.reduced, *reduced))
@@ -321,8 +303,7 @@ class Probe:
         scalars = tuple(recorder.scalars[index] for index in kept)
         elements = tuple(name for name in results if name not in (MASTER, *reduced))
         state = RuleState(numbers, elements, reduced)
-        changed = _changes(_plain(self._twin), attributes)
-        return Recording(program, scalars, state, group, shared, changed), key, made
+        return Recording(program, scalars, state, group, shared, attributes), key, made
 
     def _program(
         self,
@@ -344,25 +325,6 @@ class Probe:
 
 
 # ---------------------------------------- values
-
-
-def _taken(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's values, which the probe may edit, on the host."""
-    return {k: own(v) for k, v in group.items() if k not in _NOT_VALUES}
-
-
-def _plain(optimizer: Optimizer) -> dict[str, Any]:
-    """Attributes that are numbers or strings, without those that schedulers set."""
-    return _plain_of(vars(optimizer), ())
-
-
-def _plain_of(values: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Those of attributes, but for the known ones."""
-    return {
-        key: value
-        for key, value in values.items()
-        if key not in known and isinstance(value, _PLAIN_VALUES) and key != "_opt_called"
-    }
 
 
 def _same_program(left: Recording, right: Recording) -> bool:
@@ -388,52 +350,14 @@ def _agree(left: Recording, right: Recording) -> bool:
     )
 
 
+def _of_size(sizes: Sequence[int]) -> nn.Parameter:
+    """A parameter of this size; of more than one element it has no data."""
+    device = "cpu" if math.prod(sizes) == 1 else "meta"
+    return nn.Parameter(torch.full(tuple(sizes), 0.5, dtype=torch.float32, device=device))
+
+
 def _is_meta(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_meta
-
-
-def _keeps_nothing(twin: Optimizer, inner: Optimizer) -> bool:
-    """Whether the twin has no attributes but those that each step of a probe begins anew.
-
-    Options may be lists. One that a step has changed is not that of the optimizer any more.
-    """
-    theirs = ("state", "param_groups", "defaults")
-    fixed = (*_PLAIN_VALUES, torch.dtype, torch.device, FunctionType, MethodType)
-
-    def is_fixed(key: str, value: Any) -> bool:
-        if type(value) in (list, tuple) and all(isinstance(item, _PLAIN_VALUES) for item in value):
-            return same(value, vars(inner).get(key))
-        return isinstance(value, fixed) or key in theirs or key.endswith("_hooks")
-
-    return all(is_fixed(key, value) for key, value in vars(twin).items())
-
-
-def _is_copied(values: Mapping[Any, Any]) -> bool:
-    """Whether these are of kinds that each step of a probe is given copies of."""
-
-    def copied(value: Any, *containers: type) -> bool:
-        if type(value) in (tuple, *containers):
-            inner = () if isinstance(value, tuple) else containers
-            items = value.values() if isinstance(value, dict) else value
-            return all(copied(item, *inner) for item in items)
-        return isinstance(value, (*_PLAIN_VALUES, Tensor, Element, torch.dtype, torch.device))
-
-    named = (
-        (k, v) for k, v in values.items() if k not in _NOT_VALUES and not isinstance(k, Tensor)
-    )
-    return all(copied(value, list, dict, deque) for _, value in named)
-
-
-def _changes(values: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
-    """What a step made of counters and the like, where it is not what it was."""
-    return {
-        key: value
-        for key, value in values.items()
-        if value is not before.get(key, values)
-        and not isinstance(key, Tensor)
-        and key not in _NOT_COUNTERS
-        and not same(value, before.get(key))
-    }
 
 
 def _known(value: Tensor) -> float:
@@ -442,11 +366,14 @@ def _known(value: Tensor) -> float:
     return float(value)
 
 
-def _check_kept(name: str, value: Tensor) -> None:
+def _check_kept(name: str, value: Tensor, *, known: bool, alone: bool) -> None:
+    """Refuse what a program cannot keep; `alone` is what does not lie in a collection."""
     if value.dtype != torch.float32:
         raise NotFusible(f"state[{name!r}] is {value.dtype}, not FP32")
     if not is_free_name(name):
         raise NotFusible(f"a state called {name!r} looks like a value of the program")
+    if known or (alone and "[" in name):
+        raise NotFusible(f"a state called {name!r} looks like an item of a collection")
 
 
 def _tidied(

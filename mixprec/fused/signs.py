@@ -5,68 +5,164 @@ name says so; the program does. Suppose that some states are not negative before
 the operations: squares and magnitudes are not negative, nor are sums, products, maxima and roots of
 what is not. A state whose new value is not shown to be so is dropped, and the proof tried again
 with those that are left, until all of them hold up.
+
+Nothing is said of NaN, which has no sign. But there are two zeros, and -0 is a trap: it is no
+negative number, while its reciprocal is -inf. So a value has one of three levels:
+
+    2   not negative and not -0, or NaN      its reciprocal is not negative either
+    1   not negative, or NaN
+    0   anything
+
+A proof holds for scalars of the same signs: `classes` tells whether another step's are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
-from mixprec.fused.program import Op, Program
+import torch
 
-__all__ = ["non_negative_states"]
+from mixprec.fused.program import BOOLEAN, MASTER, NUMEL, Op, Program
 
-_ALWAYS = {
-    *("square", "abs", "sqrt", "exp", "sigmoid", "relu", "zeros", "ones", "float", "rsqrt", "cosh"),
+__all__ = [
+    "Levels",
+    "classes",
+    "level_of",
+    "non_negative_levels",
+    "non_negative_states",
+    "stay_non_negative",
+]
+
+_ALWAYS = {"square", "abs", "exp", "cosh", "sigmoid", "zeros", "ones", *BOOLEAN}
+"""At level 2 whatever the inputs are."""
+
+_LIKE_ITS_INPUT = {
+    *("float", "full", "sign", "floor", "ceil", "trunc", "round", "sum", "amax", "amin"),
+    *("log1p", "expm1", "sinh", "tanh", "erf", "asin", "atan"),
 }
-_IF_ALL_INPUTS_ARE = {
-    *("add", "mul", "div", "sign", "floor", "ceil", "trunc", "round", "full", "add_scaled", "min"),
-    *("addcmul", "addcmul_scaled", "addcdiv", "addcdiv_scaled", "reciprocal", "tanh", "log1p"),
-    *("pow", "expm1", "sinh", "erf", "atan", "copysign", "sum", "amax", "amin"),
-}
+
+Levels = Mapping[str, int]
+"""Of states that are not negative, by name: 1 or 2."""
+
+Class = tuple[int, bool, bool]
+"""Of a scalar: its level, whether it is above 0, whether it is at most 1."""
 
 
-def non_negative_states(recordings: Iterable[tuple[Program, Sequence[float]]]) -> frozenset[str]:
+def classes(scalars: Sequence[float]) -> tuple[Class, ...]:
+    """What a proof looks at in scalars, which are rounded to FP32 as a kernel has them.
+
+    >>> classes([0.9, -0.0, -2.0])
+    ((2, True, True), (1, False, True), (0, False, True))
+    """
+    rounded: list[float] = torch.tensor(scalars, dtype=torch.float64).float().tolist()
+    return tuple((_level(value), value > 0, value <= 1) for value in rounded)
+
+
+def _level(scalar: float) -> int:
+    if not scalar >= 0:
+        return 0
+    return 2 if math.copysign(1.0, scalar) > 0 else 1
+
+
+def non_negative_states(
+    recordings: Iterable[tuple[Program, Sequence[float]]], negative: Iterable[str] = ()
+) -> frozenset[str]:
     """Names of the states that stay at or above 0 under all of these programs and scalars.
+
+    `negative` names states that are negative already, on which no proof may lean.
 
     >>> decay = Program((Op("mul", ("v", "s0"), "t0"), Op("addcmul_scaled",
     ...     ("t0", "grad", "grad", "s1"), "v'")), (("v", "v'"),), 2)
     >>> non_negative_states([(decay, [0.9, 0.1])]), non_negative_states([(decay, [0.9, -0.1])])
     (frozenset({'v'}), frozenset())
     """
-    steps = list(recordings)
-    states = {name for program, _ in steps for name in program.writes} - {"master"}
+    return frozenset(non_negative_levels(recordings, negative))
+
+
+def non_negative_levels(
+    recordings: Iterable[tuple[Program, Sequence[float]]], negative: Iterable[str] = ()
+) -> Levels:
+    """The same, with the level that each of them keeps."""
+    steps = [(program, classes(scalars)) for program, scalars in recordings]
+    names = {name for program, _ in steps for name in program.writes} - {MASTER}
+    levels = dict.fromkeys(sorted(names.difference(negative)), 2)
     while True:
-        kept = {name for name in states if all(_holds(name, states, *step) for step in steps)}
-        if kept == states:
-            return frozenset(states)
-        states = kept
+        after = [_levels(*step, levels) for step in steps]
+        kept = {
+            name: min(level, *(found[name] for found in after)) for name, level in levels.items()
+        }
+        kept = {name: level for name, level in kept.items() if level}
+        if kept == levels:
+            return levels
+        levels = kept
 
 
-def _holds(state: str, assumed: set[str], program: Program, scalars: Sequence[float]) -> bool:
-    """Whether a step leaves `state` at or above 0 if all `assumed` ones are."""
-    known = {*assumed, "numel", *(f"s{i}" for i, value in enumerate(scalars) if value >= 0)}
-    value = dict(program.outputs).get(state)
-    if value is None:
-        return True  # it keeps its value
-    small = {f"s{i}" for i, number in enumerate(scalars) if 0 <= number <= 1}
+def stay_non_negative(levels: Levels, program: Program, scalars: tuple[Class, ...]) -> bool:
+    """Whether these states, found by `non_negative_levels`, are what they were after this step."""
+    after = _levels(program, scalars, levels)
+    return all(after[name] >= level for name, level in levels.items())
+
+
+def _levels(program: Program, scalars: tuple[Class, ...], before: Levels) -> dict[str, int]:
+    """The levels of these states after a step."""
+    known = {f"s{index}": found for index, found in enumerate(scalars)}
+    levels = {**before, NUMEL: 2, **{name: level for name, (level, _, _) in known.items()}}
     for op in program.ops:
-        if _follows(op, known, small):
-            known.add(op.output)
-    return value in known
+        levels[op.output] = level_of(op, [levels.get(name, 0) for name in op.inputs], known)
+    outputs = dict(program.outputs)
+    return {name: levels.get(outputs.get(name, name), 0) for name in before}
 
 
-def _follows(op: Op, known: set[str], at_most_one: set[str]) -> bool:
-    inputs = op.inputs
-    if op.name in _ALWAYS:
-        return True
-    if op.name == "mul" and inputs[0] == inputs[1]:
-        return True
-    if op.name in ("addcmul", "addcmul_scaled") and inputs[1] == inputs[2]:
-        return {inputs[0], *inputs[3:]} <= known
-    if op.name == "lerp":
-        return {*inputs[:2]} <= known and inputs[2] in at_most_one
-    if op.name == "max":
-        return bool(known & {*inputs})
-    if op.name == "where":
-        return {*inputs[1:]} <= known
-    return op.name in _IF_ALL_INPUTS_ARE and {*inputs} <= known
+def level_of(op: Op, inputs: Sequence[int], scalars: Mapping[str, Class]) -> int:
+    """The level of an operation's result, by those of its inputs."""
+    names, name = op.inputs, op.name
+    if name in _ALWAYS:
+        return 2
+    if name in _LIKE_ITS_INPUT:
+        return inputs[0]
+    if name in ("sqrt", "relu"):  # the root of what is negative is NaN
+        return max(inputs[0], 1)
+    if name in ("reciprocal", "rsqrt", "pow", "atan2"):
+        return 2 if inputs[0] == 2 else 0
+    if name == "copysign":  # also that of a NaN, which is anybody's guess
+        return 2 if names[1] in scalars and inputs[1] == 2 else 0
+    if name == "max":
+        above = any(n in scalars and scalars[n][1] for n in names)
+        return 2 if above or min(inputs) == 2 else min(max(inputs), 1)
+    if name == "lerp":
+        level, _, at_most_one = scalars.get(names[2], (0, False, False))
+        return min(inputs[:2]) if level and at_most_one else 0
+    if name in ("min", "where"):
+        return min(inputs[-2:])
+    return _of_arithmetic(name, names, inputs)
+
+
+def _of_arithmetic(name: str, names: Sequence[str], inputs: Sequence[int]) -> int:
+    """Sums, products and quotients, and several of them in one."""
+    if name == "add":
+        return _sum(*inputs)
+    if name == "mul":
+        return _product(names, inputs)
+    if name == "div":
+        return _quotient(*inputs)
+    if name == "add_scaled":
+        return _sum(inputs[0], min(inputs[1:]))
+    if name in ("addcmul", "addcmul_scaled"):
+        return _sum(inputs[0], min([_product(names[1:3], inputs[1:3]), *inputs[3:]]))
+    if name in ("addcdiv", "addcdiv_scaled"):
+        return _sum(inputs[0], min([_quotient(*inputs[1:3]), *inputs[3:]]))
+    return 0
+
+
+def _sum(left: int, right: int) -> int:
+    """0 + -0 is 0."""
+    return max(left, right) if left and right else 0
+
+
+def _product(names: Sequence[str], inputs: Sequence[int]) -> int:
+    return 2 if names[0] == names[1] else min(inputs)
+
+
+def _quotient(above: int, below: int) -> int:
+    return above if below == 2 else 0

@@ -7,8 +7,6 @@ with and what it leaves behind.
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixprec.fused.program import MASTER
+from mixprec.copies import Copier, Opaque
+from mixprec.fused.program import MASTER, NotFusible
 from mixprec.inner import map_leaves
 
 
@@ -110,15 +109,23 @@ class RuleState:
         return {**filled, **{name: tensors[name] for name in names}}
 
 
-_IMMUTABLE = {bool, float, int, str, tuple, type(None)}
+_IMMUTABLE = frozenset({bool, float, int, str, type(None)})
 
 
 def own(value: Any) -> Any:
+    """A copy of what a rule counts, which a step may change.
+
+    Raises:
+        NotFusible: if it has none.
+    """
     if type(value) in _IMMUTABLE:
         return value
     if isinstance(value, Tensor):
         return value.detach().clone() if value.is_cpu else value.detach().to("cpu", copy=True)
-    return copy.deepcopy(value) if isinstance(value, (dict, list, deque)) else value
+    try:
+        return Copier({}).copy(value)
+    except Opaque as held:
+        raise NotFusible(f"its state holds {held}, which a recording cannot follow") from None
 
 
 def is_one(value: Any) -> bool:

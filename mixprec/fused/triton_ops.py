@@ -35,7 +35,7 @@ def expression(
 
 
 def _is_number(name: str) -> bool:
-    return re.fullmatch(r"s\d+", name) is not None
+    return re.fullmatch(r"s[0-9]+", name) is not None
 
 
 def _lerp(a: str, b: str, w: str) -> str:

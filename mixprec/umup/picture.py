@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+
+from mixprec.markup import escaped
 
 __all__ = ["Line", "draw"]
 
@@ -116,7 +117,7 @@ def _spread(wanted: Sequence[float]) -> list[float]:
 def _head(title: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">\n'
-        f"<title>{escape(title)}</title>\n"
+        f"<title>{escaped(title)}</title>\n"
         "<style>text{font:12px system-ui,sans-serif;fill:#1f2328} .title{font-size:17px;"
         "font-weight:700} .quiet{fill:#59636e} .grid{stroke:#e4e8ed} .ground{fill:#fff}"
         "@media (prefers-color-scheme:dark){text{fill:#f0f3f6} .quiet{fill:#a3adb8}"
@@ -164,4 +165,4 @@ def _power(exponent: float) -> str:
 
 
 def _text(x: float, y: float, text: str, attributes: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" {attributes}>{escaped(text)}</text>'
