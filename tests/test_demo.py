@@ -430,6 +430,8 @@ def test_a_curve_that_is_nan_from_the_start_and_one_of_a_single_point_are_drawn(
 def test_markup_in_a_name_is_escaped() -> None:
     curve = Curve("<b> & co", [0, 1], [2.0, 1.0], SOUND[0])
     assert "<b> & co" in "".join(svg_text(draw_svg([curve], report().picture())))
+    curve = Curve("a\x00b\x1b", [0, 1], [2.0, 1.0], SOUND[0])
+    assert r"a\x00b\x1b" in "".join(svg_text(draw_svg([curve], report().picture())))
 
 
 # --------------------------------------------------------------------------------------- progress

@@ -267,7 +267,7 @@ def test_reports_draw_themselves_as_svg_with_a_line_for_each_name() -> None:
     transfer = umup.check_transfer(bowl(0.0), [64, 128], [2.0**e for e in range(-8, 3)])
     for svg, names in (
         (report.svg(), report.parameters),
-        (transfer.svg("<title>"), ("width 64", "width 128")),
+        (transfer.svg("<title>\x00"), ("width 64", "width 128")),
     ):
         root = ET.fromstring(svg)
         texts = [text.text or "" for text in root.iter("{http://www.w3.org/2000/svg}text")]

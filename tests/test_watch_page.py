@@ -124,6 +124,14 @@ def test_names_are_escaped_everywhere() -> None:
     assert outline.texts["h3"] == [f"{evil} input", f"{evil} weight"]
 
 
+def test_a_name_with_control_characters_leaves_the_pictures_well_formed() -> None:
+    odd = row("a\x00b\x1bc\ud800", 300.0)
+    outline = Outline(page([odd], advice([odd])))
+    assert outline.texts["h3"] == ["a\\x00b\\x1bc\\ud800 input"]
+    (picture,) = re.findall(r"<svg.*?</svg>", page([odd], []), re.DOTALL)
+    assert ElementTree.fromstring(picture).attrib["aria-label"] == "a\\x00b\\x1bc\\ud800 input"
+
+
 def test_the_page_refers_to_nothing_outside_and_runs_nothing() -> None:
     text = report().html()
     outline = Outline(text)
