@@ -63,8 +63,7 @@ class Trying:
         self.code = code
         self._variables = _Variables(code)
         self._may_draw = code.everything or not code.names.isdisjoint(_DRAWING)
-        named = (name for name in code.names if isinstance(name, str))
-        self._may_draw_from_torch = code.everything or any(map(_is_random, named))
+        self._may_draw_from_torch = code.everything or any(map(_is_random, code.names))
         self._began_alone = threading.active_count() == 1
         self.seeded = False
 
