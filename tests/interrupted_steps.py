@@ -262,7 +262,7 @@ def _outcome(
             return "nothing", ""
     scaled = "grads[" in wrong or "scaled in place" in wrong
     if scaled and not difference(_but_gradients(before), _but_gradients(now)):
-        unsaid = _is_refused(run) or _again(run, right)
+        unsaid = _is_said(run) and (_is_refused(run) or _again(run, right))
         return ("silent", f"{wrong}; {unsaid}") if unsaid else ("said", "gradients were scaled")
     unsaid = _is_said(run)
     return ("silent", f"{wrong}; {unsaid}") if unsaid else ("said", wrong)
