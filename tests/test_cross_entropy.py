@@ -330,7 +330,13 @@ def test_logit_gradients_are_rounded_once_at_unit_scale(dtype: torch.dtype) -> N
     linear_cross_entropy(torch.ones(1, 1, dtype=dtype), weight, torch.tensor([7]))[0].backward()
     p = weight.detach().float()[:, 0].softmax(0)
     onehot = torch.arange(1000) == 7
-    assert_same(gradient_of(weight)[:, 0], (p - onehot.float()).to(dtype).float())
+    right = p - onehot.float()
+    # Two FP32 softmaxes differ by some units of 2^-24, by how a processor adds up and takes exp. So
+    # the one rounding is that of a number within 2^-21 of this one: mostly one value is allowed.
+    near = torch.stack([(right * (1 + sign * 2.0**-21)).to(dtype).float() for sign in (-1, 1)])
+    found = gradient_of(weight)[:, 0]
+    assert ((near.amin(0) <= found) & (found <= near.amax(0))).all()
+    assert (near[0] == near[1]).float().mean() > 0.98
     assert gradient_of(weight)[7] == -1
 
 
