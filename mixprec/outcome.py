@@ -12,8 +12,6 @@ host hears of a step when the next one begins (`_hear`):
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, Protocol
 
@@ -26,6 +24,7 @@ from mixprec.grad_factor import complaint
 from mixprec.gradients import nonfinite_names, once
 from mixprec.names import names_of
 from mixprec.remarks import EMPTY_IN_A_ROW, no_gradient, no_tokens, only_zeros
+from mixprec.said import Said
 from mixprec.step_counts import Letter, StepCounts
 from mixprec.verdict import Verdict
 
@@ -62,7 +61,7 @@ class ReportingOptimizer(Optimizer):
         self.loss_scaler = loss_scaler
         self.on_nonfinite: OnNonfinite = on_nonfinite
         self._fused = fused
-        self._warned: set[str] = set()
+        self._said = Said()
         self._losses_seen = loss_scaler.losses_scaled if loss_scaler is not None else 0
         self._verdict: Verdict | None = None
         self._captured: Verdict | None = None
@@ -171,11 +170,13 @@ class ReportingOptimizer(Optimizer):
     def _report_late(self) -> None:
         """The device skipped the last step, whose gradients are gone by now."""
         verdict = self._verdict
-        news = self.loss_scaler is None and not self._warned & {"skip", "factor"}
+        news = self.loss_scaler is None and not (
+            self._said.knows("skip") or self._said.knows("factor")
+        )
         if news or self._heard_in_a_row >= self._most_skips:
             if verdict is not None and bool(verdict.overflowed):  # else a window of padding
                 self._report_skip(verdict, late=True)
-        elif "factor" not in self._warned:
+        elif not self._said.knows("factor"):
             # Not worth a wait: most skips are a loss scaler's. The counts will tell.
             self._blamed = self._factors
             self._skips.send()
@@ -195,14 +196,14 @@ class ReportingOptimizer(Optimizer):
             if not self._is_driven:
                 self._report_skip(verdict)
         elif not verdict.counted:
-            if "no tokens" not in self._warned and self._skips.empty_in_a_row >= EMPTY_IN_A_ROW:
+            if not self._said.knows("no tokens") and self._skips.empty_in_a_row >= EMPTY_IN_A_ROW:
                 self._warn("no tokens", no_tokens(EMPTY_IN_A_ROW))
         elif verdict.zero and not self._only_makes_state():
             self._warn("zeros", only_zeros(scaled=self._is_scaled))
 
     def _remark_on(self, letter: Letter) -> None:
         """The same for steps that the device has decided on."""
-        if letter.unusable and not self._is_driven and "factor" not in self._warned:
+        if letter.unusable and not self._is_driven and not self._said.knows("factor"):
             self._warn("factor", _skipped_for(complaint(*(self._blamed or self._factors))))
         if letter.empty_in_a_row >= EMPTY_IN_A_ROW:
             self._warn("no tokens", no_tokens(letter.empty_in_a_row))
@@ -243,9 +244,7 @@ class ReportingOptimizer(Optimizer):
 
     def _warn(self, cause: str, message: str) -> None:
         """Warn once for each cause, at the line that called step."""
-        if cause not in self._warned:
-            self._warned.add(cause)
-            warnings.warn(message, RuntimeWarning, stacklevel=_user_level())
+        self._said.warn(cause, message)
 
     # ---------------------------------------- parameters
 
@@ -272,14 +271,3 @@ def _is_zero(rate: Any) -> bool:
     if isinstance(rate, Tensor):
         return not rate.is_cuda and float(rate) == 0.0
     return isinstance(rate, (int, float)) and rate == 0
-
-
-def _user_level() -> int:
-    """`stacklevel` of the first frame outside of this package and of torch."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None:
-        module = str(frame.f_globals.get("__name__", ""))
-        if module.split(".")[0] not in ("mixprec", "torch", "contextlib"):
-            break
-        frame, level = frame.f_back, level + 1
-    return level

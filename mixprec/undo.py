@@ -79,7 +79,8 @@ class RandomStates:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._torch = torch.get_rng_state()
-        self._cuda = [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
+        cuda = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in cuda]
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = None if numpy is None else (numpy, numpy.random.get_state())
