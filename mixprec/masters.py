@@ -143,13 +143,6 @@ class MasterStore:
         found: Tensor | None = state.get(param, {}).get(MASTER)
         if found is None:
             found = self.early.get(param)
-        if found is not None and found.shape != param.shape:
-            raise RuntimeError(
-                f"a parameter is {list(param.shape)} and its stored master {list(found.shape)}: "
-                f"the parameter was resized or replaced, and its state was not. Cut or extend "
-                f"every tensor in optimizer.state[param] in the same way, {MASTER!r} included, or "
-                f"delete the entry."
-            )
         return found
 
     def known(self, state: dict[Tensor, Any], param: Tensor) -> bool:

@@ -219,6 +219,7 @@ class MixedPrecision(SteppingOptimizer):
         use `masters_in_model` or write to the parameters.
         """
         self._settle()
+        self._check_master_shapes(self._params())
         for param in self._params():
             with torch.no_grad():  # never around the yield: the caller's code would run inside
                 master = self._store.master(self.state, param)
@@ -275,7 +276,7 @@ class MixedPrecision(SteppingOptimizer):
         """
         self._settle()
         self._check_finished("fp32_state_dict()")
-        self._check_master_shapes()
+        self._check_master_shapes(self._params())
         loading.take_over_wide(self._wide, partly=False)
         return fp32_weights.fp32_state_dict(model, self.masters())
 
@@ -287,7 +288,7 @@ class MixedPrecision(SteppingOptimizer):
             ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
         """
         self._settle()
-        self._check_master_shapes()
+        self._check_master_shapes(self._params())
         ours = {id(param) for param in self._params() if self._store.has(param)}
 
         def set_master(param: Tensor, value: Tensor) -> bool:
@@ -310,7 +311,9 @@ class MixedPrecision(SteppingOptimizer):
         """
         self._settle()
         self._refuse_in_model("adopt_params()", "the weights will be rounded from")
-        for param in self._params() if params is None else params:
+        chosen = list(self._params() if params is None else params)
+        self._check_master_shapes(chosen)
+        for param in chosen:
             if self._store.known(self.state, param):
                 self._store.set(self.state, param, self._store.master(self.state, param))
         if params is None:
@@ -431,7 +434,7 @@ class MixedPrecision(SteppingOptimizer):
     @torch.no_grad()
     def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        self._check_master_shapes()
+        self._check_master_shapes(self._params())
         state = dict(state_dict["state"])
         wide = {id(param): master for param, master in self._wide}
         for key, param in zip(ids, self._params(), strict=True):
@@ -711,18 +714,6 @@ class MixedPrecision(SteppingOptimizer):
                 f"{call} inside masters_in_model(): the model holds FP32 masters there, which "
                 f"{why}. Leave the context first."
             )
-
-    def _check_master_shapes(self) -> None:
-        """A parameter that was resized in place has left its master behind."""
-        for param in filter(self._store.has, self._params()):
-            stored = self.state.get(param, {}).get(MASTER, self._store.early.get(param))
-            if isinstance(stored, Tensor) and stored.shape != param.shape:
-                raise ValueError(
-                    f"{self._name(param)} is {list(param.shape)} and its master "
-                    f"{list(stored.shape)}: it was resized after the master was made. Give its "
-                    f"states the new shape, optimizer.state[param]['master'] like the others, or "
-                    f"delete them all: del optimizer.state[param]."
-                )
 
 
 def _formulas(inner: Optimizer) -> Iterator[str]:

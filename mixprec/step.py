@@ -44,7 +44,7 @@ from mixprec.inner import (
     shared_keys,
     takes_found_inf,
 )
-from mixprec.masters import LOW, MASTER, MasterStore, Scratch
+from mixprec.masters import LOW, MasterStore, Scratch
 from mixprec.names import names_of
 from mixprec.outcome import LossScaler, OnNonfinite, ReportingOptimizer
 from mixprec.owners import superseded_by_newer
@@ -498,6 +498,8 @@ class SteppingOptimizer(ReportingOptimizer):
 
     def _check_params(self, params: Iterable[Tensor]) -> None:
         """What may have changed about these parameters since the last step."""
+        params = list(params)
+        self._check_master_shapes(params)
         for p in params:
             if self._dtypes.setdefault(p, p.dtype) != p.dtype:
                 raise RuntimeError(
@@ -505,7 +507,6 @@ class SteppingOptimizer(ReportingOptimizer):
                     f"is {p.dtype} now; nothing was updated. Convert the model before it is given "
                     f"to an optimizer, or build the optimizer anew."
                 )
-            self._check_master_shape(p)
             if p.grad is not None and p.grad.layout != torch.strided and self._store.has(p):
                 if self._takes_sparse is None:
                     self._takes_sparse = accepts_sparse(self.inner)
@@ -517,14 +518,17 @@ class SteppingOptimizer(ReportingOptimizer):
                         f"sparse=False."
                     )
 
-    def _check_master_shape(self, param: Tensor) -> None:
-        stored = self.state.get(param, {}).get(MASTER) if self._store.has(param) else None
-        if isinstance(stored, Tensor) and stored.shape != param.shape:
-            raise RuntimeError(
-                f"{self._name(param)} is {list(param.shape)} and its master {list(stored.shape)}: "
-                f"it was resized or replaced, and its state was not. Cut or extend every tensor of "
-                f"optimizer.state[param] in the same way, {MASTER!r} included, or delete the entry."
-            )
+    def _check_master_shapes(self, params: Iterable[Tensor]) -> None:
+        """Refuse a parameter that was resized or replaced in place, its master left behind."""
+        for param in filter(self._store.has, params):
+            stored = self._store.stored(self.state, param)
+            if stored is not None and stored.shape != param.shape:
+                raise ValueError(
+                    f"{self._name(param)} is {list(param.shape)} and its master "
+                    f"{list(stored.shape)}: it was resized after the master was made. Give its "
+                    f"states the new shape, optimizer.state[param]['master'] like the others, or "
+                    f"delete them all: del optimizer.state[param]."
+                )
 
     # ---------------------------------------- rules that evaluate closures
 

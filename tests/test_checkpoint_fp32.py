@@ -234,6 +234,36 @@ def test_parameter_that_was_resized_without_its_master_is_named(masters: Any, ca
     assert "optimizer.state[param]['master']" in str(raised.value)
 
 
+@pytest.mark.parametrize("masters", ["full", "split"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda optimizer: optimizer.step(),
+        lambda optimizer: list(optimizer.masters()),
+        lambda optimizer: optimizer.masters_in_model().__enter__(),
+        lambda optimizer: optimizer.adopt_params(),
+    ],
+    ids=["step", "masters", "masters_in_model", "adopt_params"],
+)
+def test_parameter_that_was_resized_is_named_by_whoever_needs_its_master(
+    masters: Any, fused: bool, use: Any
+) -> None:
+    weight = nn.Parameter(torch.ones(4, 6, dtype=BF16))
+    optimizer = mixprec.MixedPrecision(
+        SGD([("table", weight)], lr=0.1), masters=masters, fused=fused
+    )
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.grad = None
+    weight.data = weight.data[:2].clone()
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(
+        ValueError, match=r"table is \[2, 6\] and its master \[4, 6\]: it was resized"
+    ):
+        use(optimizer)
+
+
 # ---------------------------------------- rules that hold optimizers, and optimizers that hold ours
 
 
