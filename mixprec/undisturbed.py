@@ -11,13 +11,11 @@ What it finds there must be the same in each trial, and what it leaves be put ba
 
 from __future__ import annotations
 
-import random
-import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mixprec.caller_modes import plain_modes
 from mixprec.copies import Copier, Opaque
 from mixprec.machine import is_of_the_machine
+from mixprec.random_states import generators
 from mixprec.rule_code import RuleCode, code_of
 
 __all__ = ["Trying", "undisturbed"]
@@ -58,7 +57,7 @@ class Trying:
 
     def __init__(self, inner: Optimizer, code: RuleCode) -> None:
         devices = {p.device for group in inner.param_groups for p in group["params"]}
-        self._generators = list(_generators(devices))
+        self._generators = list(generators(devices))
         self._before = [read() for _, read, _, _ in self._generators]
         self.code = code
         self._variables = _Variables(code)
@@ -148,46 +147,6 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return torch.equal(left, right)
     return Copier({}).same(left, right)
-
-
-_Generator = tuple[str, Callable[[], Any], Callable[[Any], Any], Callable[[], Any]]
-"""What to call it; reads its state, writes it, and seeds it."""
-
-
-def _generators(devices: Iterable[torch.device]) -> Iterable[_Generator]:
-    yield (
-        "torch",
-        torch.get_rng_state,
-        torch.set_rng_state,
-        lambda: torch.default_generator.manual_seed(0),
-    )
-    for device in devices:
-        if device.type not in ("cpu", "meta"):
-            yield from _of_device(device)
-    yield "random", random.getstate, random.setstate, lambda: random.seed(0)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        draws: Any = numpy.random
-        yield "numpy", draws.get_state, draws.set_state, lambda: draws.seed(0)
-
-
-def _of_device(device: torch.device) -> Iterable[_Generator]:
-    module: Any = torch.get_device_module(device)
-    if not hasattr(module, "get_rng_state"):
-        return
-    # Where there is one device of a kind only, nobody asks which.
-    several = hasattr(module, "device")
-    which = (device,) if several else ()
-
-    def seed() -> None:
-        with module.device(device) if several else nullcontext():
-            module.manual_seed(0)
-
-    yield (
-        "torch",
-        lambda: module.get_rng_state(*which),
-        lambda state: module.set_rng_state(state, *which),
-        seed,
-    )
 
 
 class _Draws(TorchDispatchMode):

@@ -18,8 +18,6 @@ is then begun again. So all that is done here can be done twice.
 
 from __future__ import annotations
 
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
@@ -30,9 +28,10 @@ from torch.optim import Optimizer
 
 from mixprec.fused.pending import Pending
 from mixprec.inner import GroupValues
+from mixprec.random_states import RandomStates
 from mixprec.verdict import Verdict
 
-__all__ = ["BareRun", "Contents", "RandomStates", "RuleUndo", "StepUndo"]
+__all__ = ["BareRun", "Contents", "RuleUndo", "StepUndo"]
 
 
 class Contents:
@@ -72,27 +71,6 @@ class Contents:
                 continue
             container.clear()
             (container.extend if isinstance(container, deque) else container.update)(items)
-
-
-class RandomStates:
-    """The random states that a rule can draw from: torch's, Python's and NumPy's."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._torch = torch.get_rng_state()
-        cuda = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
-        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in cuda]
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else (numpy, numpy.random.get_state())
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._torch)
-        for device, state in self._cuda:
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            numpy, state = self._numpy
-            numpy.random.set_state(state)
 
 
 class _Run(Protocol):
