@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_rules import Rule
 from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer
 
@@ -176,62 +177,42 @@ def test_a_state_that_somebody_makes_like_the_weight_is_widened(tier: str, maste
     assert torch.equal(found, run(torch.float32, lambda rule: rule))  # 72.25; BF16 ends at 64
 
 
-class HalfMomentum(Optimizer):
+class HalfMomentum(Rule):
     """Keeps its momentum in BF16, whatever its parameters are."""
 
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    zeros = torch.zeros_like(p, dtype=torch.bfloat16)
-                    m = self.state[p].setdefault("m", zeros)
-                    m.mul_(0.9).add_(p.grad)
-                    p.sub_(m.float(), alpha=group["lr"])
+    def update(self, group: Any, p: Any, grad: Tensor, state: Any) -> None:
+        momentum = state.setdefault("m", torch.zeros_like(p, dtype=torch.bfloat16))
+        p.sub_(momentum.mul_(0.9).add_(grad).float(), alpha=group["lr"])
 
 
 def test_a_state_that_the_rule_itself_keeps_in_16_bits_stays_so_also_after_a_load() -> None:
-    def run(dtype: torch.dtype, wrap: Callable[[Optimizer], Any]) -> tuple[Tensor, Tensor]:
-        weight = nn.Parameter(torch.ones(4, dtype=dtype))
-        optimizer = wrap(HalfMomentum([weight]))
-        for step in range(6):
-            weight.grad = torch.full_like(weight, 0.3 + step)
+    def steps(weight: nn.Parameter, optimizer: Any, numbers: range) -> None:
+        for step in numbers:
+            weight.grad = torch.full_like(weight, 0.3 + step).bfloat16().to(weight.dtype)
             optimizer.step()
-            if step == 3:
-                saved = optimizer.state_dict()
-                optimizer = wrap(HalfMomentum([weight]))
-                optimizer.load_state_dict(saved)
-        master = dict(optimizer.masters())[weight] if hasattr(optimizer, "masters") else weight
-        return optimizer.state[weight]["m"], master.detach()
 
-    def bare(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        weight, optimizer = nn.Parameter(torch.ones(4, dtype=dtype)), None
-        optimizer = HalfMomentum([weight])
-        for step in range(6):
-            weight.grad = torch.full_like(weight, 0.3 + step).bfloat16().to(dtype)
-            optimizer.step()
-        return optimizer.state[weight]["m"], weight.detach()
+    plain = nn.Parameter(torch.ones(4))
+    bare = HalfMomentum([plain])
+    steps(plain, bare, range(6))
 
-    found = run(torch.bfloat16, mixprec.MixedPrecision)
-    for one, right in zip(found, bare(torch.float32), strict=True):
-        assert one.dtype == right.dtype and torch.equal(one, right)
+    weight = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    first = mixprec.MixedPrecision(HalfMomentum([weight]))
+    steps(weight, first, range(4))
+    optimizer = mixprec.MixedPrecision(HalfMomentum([weight]))
+    optimizer.load_state_dict(first.state_dict())
+    steps(weight, optimizer, range(4, 6))
+    ((_, master),) = optimizer.masters()
+    momentum: Tensor = optimizer.state[weight]["m"]
+    assert torch.equal(master, plain)
+    assert momentum.dtype == torch.bfloat16 and torch.equal(momentum, bare.state[plain]["m"])
 
 
-class OwnMaster(Optimizer):
+class OwnMaster(Rule):
     """Keeps a state of its own that is called "master"."""
 
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for p in group["params"]:
-                m = self.state[p].setdefault("master", torch.zeros_like(p))
-                p.sub_(m.mul_(0.9).add_(p.grad), alpha=group["lr"])
+    def update(self, group: Any, p: Any, grad: Tensor, state: Any) -> None:
+        own = state.setdefault("master", torch.zeros_like(p))
+        p.sub_(own.mul_(0.9).add_(grad), alpha=group["lr"])
 
 
 def test_a_state_called_master_of_an_fp32_parameter_is_the_rule_s() -> None:
