@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
@@ -609,6 +611,19 @@ def test_rules_that_ask_for_nothing_have_one_probe_for_all_parameters() -> None:
     rule = bent(reads_a_mark)
     vars(rule.param_groups[0]["params"][0])["lr_scale"] = 2.0
     assert probes_of(rule) == 2
+
+
+def test_what_was_imported_before_mixprec_makes_no_probe() -> None:
+    program = """
+import torch, torch._dynamo
+from torch.nn import Parameter
+from mixprec.fused.kinds import Kinds
+from mixprec.rule_code import code_of
+
+code = code_of(torch.optim.AdamW([Parameter(torch.ones(2))]))
+assert "_dynamo" in code.words and not Kinds(code).asks_dimensions
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 # ---------------------------------------- the loss

@@ -15,6 +15,7 @@ might name is read off its code (`rule_code`), whatever its options are for now.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -62,9 +63,15 @@ class Kinds:
         return {name: value for name, value in attributes.items() if self.code.names_any((name,))}
 
 
+_HOLDERS = (Tensor, torch, torch.nn.functional, torch.linalg, torch.fft, torch.special)
+
 _OF_TENSORS = frozenset(
-    name for names in map(dir, (Tensor, torch, torch.nn.functional, torch.linalg)) for name in names
+    name
+    for holder in _HOLDERS
+    for name in dir(holder)
+    if not isinstance(getattr(holder, name, None), ModuleType)
 )
+"""Without modules: which of them torch has depends on what was imported before."""
 
 _ELEMENTWISE = TRANSLATIONS.keys() - OVER_ALL.keys() - {"stack", "cat", "index_put"}
 
