@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One process a core; `make test SIDE_BY_SIDE=` runs one test after another.
+SIDE_BY_SIDE ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test lint types test-slow test-thirdparty docs clean
 
@@ -9,7 +11,7 @@ demo: $(VENV)/.base
 	$(BIN)/mixprec demo $(ARGS)
 
 test: $(VENV)/.test lint types
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -19,7 +21,7 @@ types: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow $(ARGS)
 
 test-thirdparty: $(VENV)/.thirdparty
 	$(BIN)/python -m pytest -m thirdparty $(ARGS)

@@ -379,9 +379,16 @@ class Counting(SGD):
         self.nested["seen"][0] = state_dict["nested"]["seen"][0]
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "fused", "scaled", "own"])
+SOME_LINES = [("AdamW", 3), ("fused", 3), ("scaled", 23), ("own", 41)]
+"""How many lines lie between two that are tried; those of a window and of a trial are many."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "apart"),
+    [*SOME_LINES, *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind, _ in SOME_LINES)],
+)
 def test_load_that_is_interrupted_at_any_line_changes_nothing(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mixprec.loading.check_loaded", lambda *_: None)  # it works on copies
     if kind == "own":
@@ -401,7 +408,7 @@ def test_load_that_is_interrupted_at_any_line_changes_nothing(
     before = look(optimizer)
     finished, number = False, 0
     while not finished:
-        number += 3 if kind in ("scaled", "own") else 1  # these have many lines
+        number += apart
         try:
             with stopped_at(number):
                 optimizer.load_state_dict(saved)
