@@ -22,7 +22,7 @@ half of the weight's spacing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -267,6 +267,32 @@ class Scratch:
             return flat.view(like.shape)
         # A rule may reduce over the tensor, and the order of a reduction follows the strides.
         return flat.as_strided(like.shape, torch.empty_like(like, device="meta").stride())
+
+    def is_kept(self, use: str, views: Sequence[Tensor] = ()) -> bool:
+        """Whether anybody but those of `views` that lie in it holds on to room of this use."""
+        for room in (room for key, room in self._room.items() if key[1] == use):
+            start = room.data_ptr()
+            end = start + 4 * room.numel()
+            ours = sum(start <= view.data_ptr() < end for view in views)
+            storage = room.untyped_storage()
+            # One holder is the room itself, and one the object that was just made to ask.
+            if torch._C._storage_Use_Count(storage._cdata) != 2 + ours:
+                return True
+        return False
+
+    def owned(self, tensor: Tensor) -> Tensor:
+        """`tensor`, with memory of its own if it lies in room of this scratch."""
+        if tensor.layout != torch.strided:
+            return tensor
+        rooms = {room.untyped_storage().data_ptr() for room in self._room.values()}
+        return tensor.clone() if local(tensor).untyped_storage().data_ptr() in rooms else tensor
+
+    def give_away(self, use: str) -> None:
+        """Leave room of this use to whoever holds on to it; the next bucket gets another."""
+        self._room = {key: room for key, room in self._room.items() if key[1] != use}
+
+    def has_room(self, use: str) -> bool:
+        return any(key[1] == use for key in self._room)
 
     def used(self, device: torch.device, use: str) -> Tensor:
         """All that was taken since `reserve`, as one vector."""

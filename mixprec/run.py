@@ -135,10 +135,11 @@ class MasterRun:
 
     def complete(self) -> None:
         """Round all weights from the masters, which the rule has left. May be done twice."""
-        self._write(spare=True)
-        self._swap.leave()
         for item in self._items:
             item.stand_in.grad = None
+        self._swap.leave()
+        self._write(spare=self._leave_scratch())
+        for item in self._items:
             if self._state.get(item.param) or item.param.grad is not None:
                 self._store.put(self._state, item.param, item.stored)
             elif item.known:
@@ -185,6 +186,27 @@ class MasterRun:
         item.stand_in = nn.Parameter(master, param.requires_grad)
         copy_marks(param, item.stand_in)
         return item.stand_in
+
+    def _leave_scratch(self) -> bool:
+        """See to it that nothing the rule keeps lies in the scratch; whether gradients' is free.
+
+        A rule may keep a gradient itself, as in `state["last"] = p.grad`, or a view of a parameter.
+        The next bucket would overwrite it. A state of one tensor gets memory of its own, so that it
+        is saved as one; what is kept in another way keeps the whole room.
+        """
+        kept = self._kept_uses()
+        for item in self._items if kept else ():
+            entry = self._state.get(item.param) or {}
+            tensors = {key: value for key, value in entry.items() if isinstance(value, Tensor)}
+            entry.update({key: self._scratch.owned(value) for key, value in tensors.items()})
+        for use in self._kept_uses() if kept else ():
+            self._scratch.give_away(use)
+        return self._scratch.has_room("grad")
+
+    def _kept_uses(self) -> list[str]:
+        masters = [item.stand_in for item in self._items if item.split]
+        views = {"grad": (), "master": masters}
+        return [use for use in views if self._scratch.is_kept(use, views[use])]
 
     def _write(self, *, spare: bool) -> None:
         """Round every stand-in into its parameter; with the gradients' room to spare, in that."""
