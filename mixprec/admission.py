@@ -51,7 +51,7 @@ TAKEN = (
     f"rename it in the rule"
 )
 
-GRADIENT_SPREAD = (1.0, 4.0, 0.25)
+GRADIENT_SPREAD = (0.25, 1.0, 0.0625)
 """Gradient size of the tensors of a trial, in turn: a threshold that one passes another may not."""
 
 # Attributes that the trial replaces, or that only schedulers read.
@@ -75,8 +75,9 @@ class Admission:
 class Manner:
     """What a trial gives the rule."""
 
-    grads: Literal["resting", "partly", "steady", "sparse"]
-    """Missing here and there and once for all parameters; never for all; never missing; sparse."""
+    grads: Literal["resting", "partly", "steady", "calm", "sparse"]
+    """Missing here and there and once for all parameters; never for all; never missing; nor large;
+    sparse."""
     closure: Literal["none", "loss", "evaluates"] = "none"
     """No closure; one that reports a loss, once; one that sets gradients, to be called often."""
     with_state: bool = False
@@ -91,6 +92,7 @@ _MANNERS = (
     Manner("steady"),
     Manner("resting", counters=False),
     Manner("steady", with_state=True),
+    Manner("calm"),
     Manner("steady", "evaluates"),
     Manner("sparse"),
 )
@@ -245,6 +247,7 @@ def _trial(inner: Optimizer, trying: Trying, step: _Step, manner: Manner) -> _Re
     flat = [param for group in params for param in group]
     for turn, size in enumerate(GRADIENT_SIZES):
         for place, param in enumerate(flat):
+            size = min(size, 1.0) if manner.grads == "calm" else size
             scale = size * GRADIENT_SPREAD[place % len(GRADIENT_SPREAD)]
             grad = torch.randn(param.shape, generator=generator).to(param) * scale
             if _rests(manner, turn, place, len(params[0])):
@@ -288,7 +291,7 @@ def _is_low(value: Any) -> bool:
 
 def _rests(manner: Manner, turn: int, place: int, first_group: int) -> bool:
     """Whether a parameter has no gradient in a turn."""
-    if manner.grads == "steady":
+    if manner.grads in ("steady", "calm"):
         return False
     here_and_there = (turn + place) % 5 == 4 or (turn == 2 and place < first_group)
     if manner.grads == "partly":

@@ -389,6 +389,24 @@ def test_learning_rate_that_a_warm_up_starts_at_zero_does_not_hide_coupling() ->
     assert not admit(CouplesMatrices(low(), lr=0.0)).per_parameter
 
 
+class BearsNoLargeGradient(Rule):
+    """As a rule that decomposes a matrix, which fails once it overflows."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None if closure is None else closure()
+        for group, p, grad in self.stepped():
+            if grad.abs().max() > 100:
+                raise ArithmeticError("it did not converge")
+            p.add_(grad, alpha=-group["lr"])
+        return loss
+
+
+def test_rule_that_fails_at_large_gradients_is_tried_with_small_ones() -> None:
+    found = admit(BearsNoLargeGradient(low()))
+    assert found.per_parameter and not found.calls_closure
+
+
 def test_rule_that_has_stepped_is_tried_afresh() -> None:
     params = low()
     rule = CountsInItsGroup(params)
