@@ -28,6 +28,7 @@ from mixprec.copies import Copier, Opaque
 from mixprec.machine import is_of_the_machine
 from mixprec.random_states import generators
 from mixprec.rule_code import RuleCode, code_of
+from mixprec.torch_modes import run_under
 
 __all__ = ["Trying", "undisturbed"]
 
@@ -107,8 +108,8 @@ class Trying:
             return self._may_draw
         draws = _Draws()
         if attempt is not None:
-            with draws, suppress(Exception):
-                attempt()
+            with suppress(Exception):
+                run_under([draws], attempt)
         return draws.any
 
     def drawn(self) -> set[str]:

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +50,7 @@ from mixprec.fused.traps import Untouchable, touched
 from mixprec.fused.twin import Twin
 from mixprec.inner import map_leaves, rule_of, same
 from mixprec.machine import is_of_the_machine
+from mixprec.torch_modes import run_under
 
 PROBE_SIZES = (7, 11, 2, 3, 2, 3)
 """The probe's shape, cut to its number of dimensions: no square, and never a shape of a trial."""
@@ -217,8 +217,9 @@ class Probe:
         self._place(param, state, {**kept, **reduced})
         roots = {MASTER: param, GRAD: grad, **kept}
         recorder = (SizeRecorder if param.is_meta else Recorder)(roots, reduced)
-        with recorder, NumbersOnHost() if param.is_meta else nullcontext():
-            self._run(param)
+        run_under(
+            [recorder, *([NumbersOnHost()] if param.is_meta else [])], lambda: self._run(param)
+        )
         recording, key, made = self._recording(recorder, param)
         if param is self._param:
             self._tape = None
@@ -232,10 +233,11 @@ class Probe:
         loss = Untouchable("it uses the loss, which is known when the step is made")
         arguments = [lambda: loss] if self.given_loss else []
         watch = param is self._param and self._twin.kinds.asks_sizes and not self._by_size
-        with SizesRead() if watch else nullcontext() as sizes, torch.enable_grad():
-            rule_of(optimizer)(optimizer, *arguments)
+        sizes = SizesRead()
+        with torch.enable_grad():
+            run_under([sizes] if watch else [], lambda: rule_of(optimizer)(optimizer, *arguments))
         if param is self._param:
-            self._sizes_read = sizes is not None and sizes.any
+            self._sizes_read = sizes.any
         if touched(loss):
             raise NotFusible("it uses the loss, which is known when the step is made")
 
@@ -251,8 +253,7 @@ class Probe:
         self._place(self._param, state, tape.states)
         replay = Replay(tape)
         try:
-            with replay:
-                self._run(self._param)
+            run_under([replay], lambda: self._run(self._param))
             recording, key, _ = self._recording(replay, self._param)
         except Exception as error:
             if is_of_the_machine(error):
