@@ -249,10 +249,13 @@ class _LossScaler:
         """Take over the state dict of a scaler or of `torch.amp.GradScaler`, whole or not at all.
 
         Settings that GradScaler does not have stay as they are; no overflows are on its record.
+        Gradients at hand carry the scale of before: if it was another, they cannot be stepped on.
         """
         self._policy, state = self._parse(state_dict)
-        self._state, self._waiting = state.to(self._state.loss_scale.device), None
-        self._stale_until = self.losses_scaled
+        before = self._next_state().loss_scale
+        self._state, self._waiting = state.to(before.device), None
+        if before.is_meta or float(before) != self.get_scale():
+            self._stale_until = self.losses_scaled
         self.moves += 1
 
     def _parse(self, state_dict: Mapping[str, Any]) -> tuple[ScalePolicy, ScaleState]:

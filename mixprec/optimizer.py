@@ -487,6 +487,7 @@ class MixedPrecision(SteppingOptimizer):
         objects = [self, inner, store, self._fused, *([] if scaler is None else [scaler])]
         before = loading.Before(objects, [*self.param_groups, inner.defaults])
         undo_own = loading.undo_own(inner) if loaded.own else None
+        scale = None if scaler is None else scaler.get_scale()
         try:
             loading.commit(loaded, inner, scaler)
             self.state = inner.state
@@ -497,7 +498,7 @@ class MixedPrecision(SteppingOptimizer):
             self._broken = ""
             self._fused.adopt(self._params())
             self._wide, self._fresh_masters = loaded.wide, loaded.has_masters
-            if scaler is not None and loaded.scaler is not None:
+            if scaler is not None and scaler.get_scale() != scale:
                 # Gradients at hand carry the scale of before; the next step has to have new ones.
                 self._losses_seen = scaler.losses_scaled
         except BaseException:
@@ -515,15 +516,15 @@ class MixedPrecision(SteppingOptimizer):
         own = {k: v for k, v in vars(self).items() if k not in apart and _is_picklable(k)}
         rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
         fused = (self._fused.fused, self._fused.formats)
-        return {**own, "inner": (type(self.inner), rule), "_fused": fused}
+        # The rule itself, so that a schedule over it is copied as one over the copy's rule.
+        return {**own, "inner": self.inner, "_rule": rule, "_fused": fused}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "inner" not in state:
             super().__setstate__(state)
             return
-        (kind, rule), fused = state["inner"], state["_fused"]
-        own = {k: v for k, v in state.items() if k not in ("inner", "_fused")}
-        self.inner = object.__new__(kind)
+        rule, fused = state["_rule"], state["_fused"]
+        own = {k: v for k, v in state.items() if k not in ("_rule", "_fused")}
         hooks = {name: OrderedDict[int, Any]() for name in _HOOKS}
         vars(self).update(own, **hooks)
         shared = {name: own[name] for name in ("state", "param_groups", "defaults")}

@@ -310,8 +310,9 @@ class SteppingOptimizer(ReportingOptimizer):
             if self._only_makes_state():
                 return None
             raise RuntimeError(
-                f"a loss scaler is set, but no loss was scaled since the last step: gradients "
-                f"would be divided by {self.loss_scaler.get_scale()} that never were multiplied. "
+                f"a loss scaler is set, but no loss was scaled since the last step, or since "
+                f"another scale was loaded: gradients would be divided by "
+                f"{self.loss_scaler.get_scale()}, which they do not carry. "
                 f"Call optimizer.loss_scaler.multiply(loss).backward()."
             )
         return self.loss_scaler.inverse

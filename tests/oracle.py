@@ -169,7 +169,13 @@ class Oracle:
         """Somebody wrote a master."""
         self.masters[place].copy_(value)
         self.round(place)
-        self.held[place].loaded = not stepped
+        self.held[place].loaded |= not stepped
+
+    def adopt(self) -> None:
+        """Masters are said to be those of the weights that are there, as they follow them."""
+        for place, held in enumerate(self.held):
+            if held.split and not held.loaded:
+                self.round(place)
 
     def has_stepped(self, place: int) -> bool:
         return bool(self.optimizer.state.get(self.masters[place]))

@@ -377,6 +377,7 @@ class Pair:
     def adopt_params(self) -> None:
         """Re-reads masters only where weights are not their roundings: that is as it is seen."""
         self.optimizer.adopt_params()
+        self.oracle.adopt()
         self.check()
 
     # ---------------------------------------- keeping and copying
@@ -398,6 +399,9 @@ class Pair:
         if weights_first:
             self._load_weights(snapshot)
         self.optimizer.load_state_dict(copy.deepcopy(snapshot.live))
+        if self.optimizer.loss_scaler is not None:
+            # Gradients of another scale are of no use any more.
+            self._scaled_since_step &= self.optimizer.loss_scaler.get_scale() == self._scale
         if not weights_first:
             self._load_weights(snapshot)
         self.oracle.load(snapshot.oracle)

@@ -1279,3 +1279,24 @@ def test_init_state_is_the_state_before_a_first_step() -> None:
         assert_same(everything(ready), everything(lazy))
     with pytest.raises(RuntimeError, match="LBFGS makes its state from a closure's loss"):
         mixprec.MixedPrecision(torch.optim.LBFGS(parameters(torch.bfloat16))).init_state()
+
+
+# Torch says so of every copy of an optimizer and its schedule.
+@pytest.mark.filterwarnings("ignore:Seems like .optimizer.step..:UserWarning")
+@pytest.mark.parametrize("schedule_first", [True, False])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda held: pickle.loads(pickle.dumps(held))])
+def test_a_schedule_over_the_inner_rule_is_copied_with_it(
+    copied: Any, schedule_first: bool
+) -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = mixprec.MixedPrecision(AdamW([weight], lr=0.5))
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer.inner, 0.5)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = [schedule, optimizer] if schedule_first else [optimizer, schedule]
+    made: Any = copied(held)
+    other, following = made[schedule_first], made[not schedule_first]
+    assert following.optimizer is other.inner and other.inner is not optimizer.inner
+    assert other.state is other.inner.state
+    following.step()
+    assert other.param_groups[0]["lr"] == 0.25 and optimizer.param_groups[0]["lr"] == 0.5

@@ -159,6 +159,18 @@ def test_gradients_that_carry_the_scale_of_before_are_not_stepped() -> None:
         run.optimizer.step()
 
 
+def test_gradients_that_carry_the_loaded_scale_are_stepped() -> None:
+    run = scaled()
+    scaler: Any = run.optimizer.loss_scaler
+    before = [master.clone() for _, master in run.optimizer.masters()]
+    for param in run.model:
+        param.grad = torch.ones_like(param) * scaler.multiply(torch.ones(())).half()
+    run.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
+    run.optimizer.step()
+    after = [master for _, master in run.optimizer.masters()]
+    assert not any(map(torch.equal, before, after))
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 def test_distributed_checkpoints_leave_the_scaler_to_whoever_saves_it(flatten: bool) -> None:
     """Torch drops every key that it does not know; the scaler goes into the dict as it is."""
