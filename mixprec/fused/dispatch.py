@@ -25,7 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixprec.fused.calls import Call, Lifted
 from mixprec.fused.program import BOOLEAN, NUMEL, REDUCTIONS, NotFusible
-from mixprec.fused.translations import OVER_ALL, TRANSLATIONS
+from mixprec.fused.translations import OVER_ALL, TRANSLATIONS, decomposition_of
+from mixprec.machine import is_of_the_machine
 
 RawOp = tuple[str, tuple[str, ...], str]
 """Name, inputs, output. `%3` is the value of the operation 3, `#3` the scalar 3."""
@@ -187,7 +188,8 @@ class Recorder(TorchDispatchMode):
             self._check_reduction(func, args, result)
         translate = TRANSLATIONS.get(base)
         if translate is None:
-            raise NotFusible(_why_not(func))
+            self._decompose(func, base, args, kwargs, result)
+            return
         target: Tensor = kwargs.get("out", result)
         skip = int(base in _OVERWRITES)
         operands = [self._operand(func, a, i, place) for i, a in enumerate(args) if i >= skip]
@@ -198,6 +200,35 @@ class Recorder(TorchDispatchMode):
         else:
             value = translate(self, *operands, **named)
         self._bind(func, target, value)
+
+    def _decompose(
+        self, func: Any, base: str, args: Any, kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Write down what torch itself takes an operation for, in terms of simpler ones."""
+        decomposition = decomposition_of(func, base)
+        if decomposition is None:
+            raise NotFusible(_why_not(func))
+        call, calls, plain, repeats = self._call, self.calls, self.plain, self._repeats
+        self._call, self.calls, self.plain = Call(), [], {}
+        begin = len(self.scalars)
+        try:
+            # What torch's own code asks of sizes, the rule did not.
+            with torch._C.DisableTorchFunction(), self:
+                made = decomposition(*args, **{k: v for k, v in kwargs.items() if k != "out"})
+        except Exception as error:
+            if is_of_the_machine(error):
+                raise
+            raise NotFusible(_why_not(func)) from error
+        self._call, self.calls, self.plain = call, calls, plain
+        # A replay compares the numbers that the operation is given, and has no tensors of them.
+        self._repeats = repeats and all(map(self.value_of, tensors_in([args, kwargs])))
+        call.sources += self.scalars[begin:]
+        targets = kwargs.get("out", result)
+        for target, value in zip(tensors_in(targets), tensors_in(made), strict=True):
+            name = self.value_of(value)
+            if name is None:
+                raise NotFusible(_why_not(func))
+            self._bind(func, target, name)
 
     def _operand(self, func: Any, arg: Any, key: int | str, place: int | None) -> Any:
         """A value's name, a number, or what else an operation takes, unchanged."""

@@ -254,7 +254,8 @@ def _at_most(value: Any, bound: Any) -> Tensor:
 
 _UNARY = (
     "neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh "
-    "tanh sigmoid erf relu sign floor ceil trunc round isfinite isnan isinf logical_not"
+    "tanh sigmoid erf relu sign floor ceil trunc round isfinite isnan isinf logical_not exp2 log10 "
+    "asinh acosh atanh erfc erfinv lgamma"
 ).split()
 
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
@@ -288,6 +289,9 @@ OPERATIONS: dict[str, Operation] = {
     "pow": Operation(lambda a, b: torch.pow(_tensor(a), b), "{}^{}", _ATOM, (_ATOM, _ATOM)),
     "atan2": _function("atan2", lambda a, b: torch.atan2(_tensor(a), _tensor(b)), 2),
     "copysign": _function("copysign", lambda a, b: torch.copysign(_tensor(a), b), 2),
+    "fmod": _function("fmod", lambda a, b: torch.fmod(_tensor(a), b), 2),
+    "hypot": _function("hypot", lambda a, b: torch.hypot(_tensor(a), _tensor(b)), 2),
+    "nextafter": _function("nextafter", lambda a, b: torch.nextafter(_tensor(a), _tensor(b)), 2),
     "max": _function("max", _at_least, 2),
     "min": _function("min", _at_most, 2),
     **{k: _binary(v, getattr(torch, k), _COMPARE) for k, v in _COMPARISONS.items()},

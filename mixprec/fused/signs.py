@@ -34,12 +34,15 @@ __all__ = [
     "stay_non_negative",
 ]
 
-_ALWAYS = {"square", "abs", "exp", "cosh", "sigmoid", "zeros", "ones", *BOOLEAN}
+_ALWAYS = {
+    *("square", "abs", "exp", "exp2", "cosh", "sigmoid", "erfc", "hypot", "zeros", "ones"),
+    *BOOLEAN,
+}
 """At level 2 whatever the inputs are."""
 
 _LIKE_ITS_INPUT = {
     *("float", "full", "sign", "floor", "ceil", "trunc", "round", "sum", "amax", "amin"),
-    *("log1p", "expm1", "sinh", "tanh", "erf", "asin", "atan"),
+    *("log1p", "expm1", "sinh", "tanh", "erf", "asin", "atan", "asinh", "atanh", "erfinv", "fmod"),
 }
 
 Levels = Mapping[str, int]

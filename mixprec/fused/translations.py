@@ -1,5 +1,7 @@
 """Torch's operations in terms of a program's: one function for each that is more than a name.
 
+What has no function here is taken apart by torch's own decompositions first (`decomposition_of`).
+
 Each takes where to write (`Writer`, the recorder) and the operands of a call of torch, in order,
 and emits one or more of `program.OPERATIONS`: values of elements by their names, numbers as they
 are. It returns the name of the result.
@@ -9,11 +11,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, Protocol, cast
 
 import torch
 
 from mixprec.fused.program import NUMEL, NotFusible
+
+
+def decomposition_of(func: Any, base: str) -> Callable[..., Any] | None:
+    """Torch's own Python function that computes `func` of simpler operations, if it has one.
+
+    Of operations in place, into `out` and on lists it is the plain one of the name `base`, which
+    a recorder is asked about in turn.
+    """
+    if func._can_decompose():
+        return func.decompose  # autograd would have taken it apart above the recorder
+    if func._schema.is_mutable or func._schema.name != f"aten::{base}":
+        return getattr(torch.ops.aten, base, None)
+    # Half a second of imports, for rules that need them.
+    import_module("torch._refs")
+    return import_module("torch._decomp").decomposition_table.get(func)
 
 
 class Writer(Protocol):
@@ -44,9 +62,66 @@ def _rsub(r: Writer, a: _Value, b: _Value, alpha: float | None = None) -> str:
 
 
 def _div(r: Writer, a: _Value, b: _Value, rounding_mode: str | None = None) -> str:
-    if rounding_mode is None:
-        return r.emit("div", a, b)
-    return r.emit(rounding_mode, r.emit("div", a, b))
+    if rounding_mode == "floor":
+        return _floor_divide(r, a, b)
+    quotient = r.emit("div", a, b)
+    return quotient if rounding_mode is None else r.emit(rounding_mode, quotient)
+
+
+def _floored(r: Writer, a: _Value, b: _Value) -> tuple[str, str]:
+    """The remainder towards zero, and whether the one that has the sign of `b` is another."""
+    rest = r.emit("fmod", a, b)
+    if not isinstance(b, str):
+        return rest, r.emit("gt" if b < 0 else "lt", rest, 0.0)
+    apart = r.emit("logical_xor", r.emit("lt", rest, 0.0), r.emit("lt", b, 0.0))
+    return rest, r.emit("logical_and", r.emit("ne", rest, 0.0), apart)
+
+
+def _remainder(r: Writer, a: _Value, b: _Value) -> str:
+    rest, differs = _floored(r, a, b)
+    return r.emit("where", differs, r.emit("add", rest, b), rest)
+
+
+def _floor_divide(r: Writer, a: _Value, b: _Value) -> str:
+    # As torch: a quotient that was rounded before it is floored would make 10 of 1 // 0.1.
+    rest, differs = _floored(r, a, b)
+    quotient = r.emit("div", r.emit("sub", a, rest), b)
+    quotient = r.emit("where", differs, r.emit("sub", quotient, 1.0), quotient)
+    floor = r.emit("floor", quotient)
+    is_short = r.emit("gt", r.emit("sub", quotient, floor), 0.5)
+    floor = r.emit("where", is_short, r.emit("add", floor, 1.0), floor)
+    if not isinstance(b, str):
+        return r.emit("div", a, b) if b == 0 else floor
+    return r.emit("where", r.emit("eq", b, 0.0), r.emit("div", a, b), floor)
+
+
+def _round(r: Writer, a: _Value, decimals: int = 0) -> str:
+    if decimals == 0:
+        return r.emit("round", a)
+    there, back = ("mul", "div") if decimals > 0 else ("div", "mul")
+    power = 10.0 ** abs(decimals)
+    return r.emit(back, r.emit("round", r.emit(there, a, power)), power)
+
+
+def _fmax(r: Writer, a: _Value, b: _Value, which: str = "max") -> str:
+    """The larger one, or the one that is a number."""
+    value = r.emit(which, a, b)
+    for number, other in ((a, b), (b, a)):
+        if isinstance(other, str):
+            value = r.emit("where", r.emit("isnan", other), number, value)
+    return value
+
+
+def _fmin(r: Writer, a: _Value, b: _Value) -> str:
+    return _fmax(r, a, b, "min")
+
+
+def _heaviside(r: Writer, a: _Value, b: _Value) -> str:
+    return _where(r, r.emit("eq", a, 0.0), b, r.emit("float", r.emit("gt", a, 0.0)))
+
+
+def _signbit(r: Writer, a: _Value) -> str:
+    return r.emit("lt", r.emit("copysign", 1.0, a), 0.0)
 
 
 def _pow(r: Writer, base: _Value, exponent: _Value) -> str:
@@ -72,6 +147,12 @@ def _clamp(r: Writer, a: _Value, min: _Value | None = None, max: _Value | None =
     if max is not None:
         value = r.emit("min", value, max)
     return cast(str, value)
+
+
+def _where(r: Writer, condition: _Value, a: _Value, b: _Value) -> str:
+    if isinstance(condition, str):
+        return r.emit("where", condition, a, b)
+    return _copy(r, a if condition else b)
 
 
 def _masked_fill(r: Writer, a: _Value, mask: _Value, value: _Value) -> str:
@@ -183,8 +264,9 @@ def _plain(name: str) -> Callable[..., str]:
 
 _PLAIN = (
     "neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh "
-    "tanh sigmoid erf relu sign floor ceil trunc round isfinite isnan isinf logical_not mul where "
-    "lt le gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign"
+    "tanh sigmoid erf relu sign floor ceil trunc isfinite isnan isinf logical_not mul lt le "
+    "gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign fmod hypot nextafter exp2 "
+    "log10 asinh acosh atanh erfc erfinv lgamma"
 ).split()
 
 OVER_ALL: dict[str, Callable[..., str]] = {
@@ -214,10 +296,18 @@ TRANSLATIONS: dict[str, Callable[..., str]] = {
     "rsub": _rsub,
     "div": _div,
     "true_divide": _div,
+    "floor_divide": _floor_divide,
+    "remainder": _remainder,
+    "round": _round,
+    "fmax": _fmax,
+    "fmin": _fmin,
+    "signbit": _signbit,
+    "heaviside": _heaviside,
     "pow": _pow,
     "addcmul": _addcmul,
     "addcdiv": _addcdiv,
     "clamp": _clamp,
+    "where": _where,
     "masked_fill": _masked_fill,
     "index_put": _index_put,
     "nan_to_num": _nan_to_num,
@@ -228,6 +318,7 @@ TRANSLATIONS: dict[str, Callable[..., str]] = {
     "clone": _same_value,
     "contiguous": _same_value,
     "_to_copy": _same_value,
+    "convert_element_type": _same_value,  # so called in torch's own decompositions
     "sgn": _plain("sign"),
     "float_power": _pow,
 }
