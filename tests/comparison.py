@@ -244,6 +244,8 @@ class _Run:
                 means = torch.stack([leaf.float().mean() for leaf in leaves])
                 misses = torch.cat([leaf.float().flatten() - 0.1 * step for leaf in leaves])
                 loss = misses.square().sum() + means.sum().square()
+                if self.optimizer.param_groups[0].get("maximize"):
+                    loss = -loss  # a hill: a bowl has no maximum, and the rule would leave it
                 loss.backward()
             for param, leaf in zip(self.params, leaves, strict=True):
                 assert leaf.grad is not None
