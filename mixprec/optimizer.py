@@ -620,8 +620,7 @@ class MixedPrecision(SteppingOptimizer):
                 admission = admit(self.inner)
             if admission is not None and not admission.per_parameter:
                 self._check_whole(admission)
-                if not admission.calls_closure:
-                    self._fused.nobody(admission.reason)
+                self._fused.nobody(admission.reason)
         except TypeError as error:
             return admission, str(error)
         return admission, ""

@@ -100,6 +100,7 @@ class SteppingOptimizer(ReportingOptimizer):
         self._undoable(lambda: self._ready(with_loss=closure is not None))
         vars(self.inner)["_opt_called"] = True  # read by schedulers that are attached to it
         if self._rule_evaluates(closure):
+            self._leave_to_rule()
             loss, verdict = self._undoable(lambda: self._step_by_closure(closure, grad_factor))
         else:
             loss = None if closure is None else self._evaluate(closure)
@@ -199,6 +200,13 @@ class SteppingOptimizer(ReportingOptimizer):
         if self._admission is not None:
             return self._admission.calls_closure
         return closure is not None  # FP32 parameters only: all is as the rule does it
+
+    def _leave_to_rule(self) -> None:
+        """Refuse to let a rule call its closure itself if it was to run as one kernel."""
+        if self._admission is not None:
+            self._fused.nobody(self._admission.reason)
+        for index in range(len(self.param_groups)):
+            self._fused.admission(index)
 
     def _ready(self, *, with_loss: bool = False) -> None:
         """Before the first step: one look at the weights and at the rule."""

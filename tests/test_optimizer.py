@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -576,6 +577,62 @@ def test_lbfgs_without_a_closure_is_an_error() -> None:
     optimizer = mixprec.MixedPrecision(torch.optim.LBFGS(params))
     with pytest.raises(TypeError, match="LBFGS evaluates the loss itself: pass a closure"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "said"),
+    [
+        (
+            torch.bfloat16,
+            {"fused": True},
+            "fused=True, but LBFGS cannot run as one kernel: it call",
+        ),
+        (
+            torch.bfloat16,
+            {"state_formats": "8bit"},
+            "state_formats='8bit', but LBFGS cannot run as",
+        ),
+        (torch.float32, {"fused": True}, "fused=True, but LBFGS cannot run as one kernel: "),
+    ],
+)
+def test_a_rule_that_calls_its_closure_is_not_fused_in_silence(
+    dtype: torch.dtype, options: dict[str, Any], said: str
+) -> None:
+    weight = nn.Parameter(torch.ones(4, 4, dtype=dtype))
+    optimizer = mixprec.MixedPrecision(torch.optim.LBFGS([weight]), **options)
+
+    def closure() -> Tensor:
+        weight.grad = torch.ones_like(weight)
+        return torch.tensor(1.0)
+
+    assert said in optimizer.explain()
+    with pytest.raises(TypeError, match=re.escape(said)):
+        optimizer.step(closure)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert bool((weight == 1).all())
+
+
+def test_a_rule_that_diverges_inside_its_step_is_stopped_unless_told_to_go_on() -> None:
+    def run(wrapped: bool, **options: Any) -> Tensor:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer: Any = torch.optim.LBFGS([weight], lr=1.0, max_iter=30)
+        if wrapped:
+            optimizer = mixprec.MixedPrecision(optimizer, **options)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = -(weight**4).sum()  # without a lower bound
+            loss.backward()
+            return loss.detach()
+
+        for _ in range(3):
+            optimizer.step(closure)
+        return weight.detach()
+
+    bare = run(wrapped=False)
+    assert not bool(bare.isfinite().any())
+    assert torch.equal(bare.isnan(), run(wrapped=True, on_nonfinite="ignore").isnan())
+    with pytest.raises(FloatingPointError, match=r"of the closure in one step of LBFGS: it gave"):
+        run(wrapped=True)
 
 
 def test_lbfgs_skips_a_first_evaluation_that_overflows_and_refuses_a_later_one() -> None:

@@ -213,7 +213,9 @@ raises an error that says why, before anything changes; FP32 parameters, which n
 exact all the same, but for magma. *cannot run*: the bare rule cannot take a step on a CPU.
 
 A rule that runs *bucket by bucket* needs a small FP32 scratch. One that runs *whole* couples
-tensors and must see all FP32 masters at once, so it has no split masters.
+tensors and must see all FP32 masters at once, so it has no split masters. A rule that calls its
+closure itself and diverges inside of a step (LBFGS) goes on through infinity when it is bare;
+wrapped it raises FloatingPointError, unless `on_nonfinite="ignore"` was asked for.
 
 The *tier* is how the rule, with its first set of options here (its defaults, where it has any),
 steps BF16 parameters:
