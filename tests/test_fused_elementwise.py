@@ -229,3 +229,25 @@ def test_what_is_refused_is_refused_truly(
     admission = admit_fused(rule(lambda g, p, rest: compute(g, p))(params()), 0)
     assert not admission.fusible
     assert reason in admission.reason
+
+
+@pytest.mark.parametrize("number", [True, False])
+def test_a_quotient_by_zero_is_floored_to_an_infinity(number: bool) -> None:
+    optimizer = rule(lambda g, p, rest: g // (0.0 if number else p))(params())
+    recording = recordings(optimizer, 1)[0]
+    grad = torch.tensor([1.0, -1.0])
+    found, _ = recording.program.run(torch.zeros(2), grad, {}, recording.scalars)
+    assert found.tolist() == [math.inf, -math.inf]
+
+
+def test_a_number_held_in_a_tensor_is_read_anew_where_an_operation_is_taken_apart() -> None:
+    class Leaks(Rule):
+        def update(self, group: Any, p: Any, grad: Tensor, state: Any) -> None:
+            p.sub_(torch.logaddexp(grad, group["bound"]))
+
+    bound = torch.tensor(0.5)
+    optimizer = Leaks(params(), bound=bound)
+    probe = Probe(optimizer, 0, params()[0])
+    probe.step(RuleState())
+    bound.fill_(2.0)
+    assert 2.0 in probe.step(RuleState()).scalars
