@@ -115,6 +115,54 @@ def test_gradients_begin_at_rms_1_and_plain_ones_do_not(name: str) -> None:
     assert abs(grad_rms(plain, prediction) - 1) > 0.1
 
 
+LOW = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", ["mse", "l1", "huber", "smooth_l1", "bce", "kl", "ce", "pinball"])
+def test_losses_in_16_bits_are_those_of_fp64_and_round_the_gradient_once(
+    name: str, reduction: Any, dtype: torch.dtype
+) -> None:
+    rows, wide = 70_000, 4
+    target = normal(rows, wide, seed=1)
+    call: Any = {
+        "mse": lambda y, t: losses.mse_loss(y, t, reduction=reduction),
+        "l1": lambda y, t: losses.l1_loss(y, t, reduction=reduction),
+        "huber": lambda y, t: losses.huber_loss(y, t, delta=0.5, reduction=reduction),
+        "smooth_l1": lambda y, t: losses.smooth_l1_loss(y, t, beta=0.5, reduction=reduction),
+        "bce": lambda y, t: losses.binary_cross_entropy_with_logits(
+            y, (t > 0).to(t.dtype), reduction=reduction
+        ),
+        "kl": lambda y, t: losses.kl_div(y, t, reduction=reduction),
+        "ce": lambda y, t: losses.cross_entropy(
+            y, (t[:, 0] > 0).long(), weight=t[0].abs(), reduction=reduction
+        ),
+        "pinball": lambda y, t: losses.pinball(y, t[:, 0], DECILES[:wide], reduction=reduction),
+    }[name]
+    low, right = (normal(rows, wide).to(dtype), normal(rows, wide).to(dtype).double())
+    low.requires_grad_()
+    right.requires_grad_()
+    found, exact = call(low, target.to(dtype)), call(right, target.to(dtype).double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    found.sum().backward()
+    exact.sum().backward()
+    assert low.grad is not None and right.grad is not None and low.grad.dtype == dtype
+    half_spacing = torch.finfo(dtype).eps / 2  # of the one rounding; the rest is that of FP32
+    error = (low.grad.double() - right.grad).abs()
+    assert (error <= 1.01 * half_spacing * right.grad.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    "fn", [F.mse_loss, F.l1_loss, lambda p, t: (p - t).abs()], ids=["mse", "l1", "own"]
+)
+def test_any_loss_of_many_elements_in_16_bits_is_finite(fn: Any, dtype: torch.dtype) -> None:
+    prediction, target = torch.zeros(70_000, dtype=dtype), torch.ones(70_000, dtype=dtype)
+    assert umup.unit_loss(fn)(prediction.requires_grad_(), target).item() == 70_000
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_values_are_those_of_torch(reduction: Any) -> None:
     target = TARGET.where(TARGET > 0, 0)

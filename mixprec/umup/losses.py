@@ -8,6 +8,10 @@ at initialisation: targets of RMS 1, and predictions near 0, as a `LinearReadout
 An element of RMS 1 is not enough where all elements of a batch agree. A quantile loss for q = 0.9
 pushes every prediction up until one target in ten lies above; the gradient of the readout's bias is
 then N / N^1/2 instead of 1. `pinball` has the remedy, and `unit_loss` reports the number.
+
+Losses of predictions in 16 bits are computed and summed in FP32 and are FP32: in FP16 a sum of
+65,520 ones is infinite, and BF16 has two digits. The gradient is rounded once, to the prediction's
+dtype. What FP64 has stays FP64.
 """
 
 from __future__ import annotations
@@ -112,7 +116,7 @@ def cross_entropy(
     others, as in torch.
 
     Args:
-        logits: `[V]`, `[N, V]` or `[N, V, ...]`.
+        logits: `[V]`, `[N, V]` or `[N, V, ...]`; of 16 bits, an FP32 copy is made of them.
         targets: classes, `[]`, `[N]` or `[N, ...]`.
         weight: of each class, `[V]`; of RMS 1, or gradients will have its RMS.
         multiplier: sharpens the logits, in the forward pass only.
@@ -125,7 +129,9 @@ def cross_entropy(
     tensor([1., 0.])
     """
     classes = logits.shape[min(1, logits.ndim - 1)]
-    logits = scale_fwd(scale_bwd(logits, _class_multiplier(classes, label_smoothing)), multiplier)
+    factor = _class_multiplier(classes, label_smoothing)
+    logits = scale_fwd(scale_bwd(_wide(logits), factor), multiplier)
+    weight = None if weight is None else weight.to(logits.dtype)
     losses = F.cross_entropy(
         logits,
         targets,
@@ -164,7 +170,8 @@ def binary_cross_entropy_with_logits(
     >>> logits.grad
     tensor([ 1., -1.])
     """
-    losses = F.binary_cross_entropy_with_logits(scale_bwd(logits, 2.0), target, reduction="none")
+    logits, target = scale_bwd(_wide(logits), 2.0), _wide(target)
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     return _reduced(losses, reduction)
 
 
@@ -197,8 +204,8 @@ def kl_div(
         )
     factor = logits.shape[-1] / math.expm1(target_std**2) ** 0.5
     divergence = F.kl_div(
-        scale_bwd(logits, factor).log_softmax(-1),
-        target_logits.log_softmax(-1),
+        scale_bwd(_wide(logits), factor).log_softmax(-1),
+        _wide(target_logits).log_softmax(-1),
         reduction="none",
         log_target=True,
     )
@@ -338,7 +345,7 @@ def pinball(
             f"{len(qs)} quantiles; prediction must be [*target.shape, {len(qs)}]"
         )
     squares = [q * (1 - q) if centered else (q**2 + (1 - q) ** 2) / 2 for q in qs]
-    residual = target.unsqueeze(-1) - prediction
+    residual = _wide(target).unsqueeze(-1) - _wide(prediction)
     q = torch.tensor(qs, dtype=residual.dtype, device=residual.device)
     if not per_quantile:
         residual = scale_bwd(residual, (sum(squares) / len(qs)) ** -0.5)
@@ -392,7 +399,12 @@ def _reduced(losses: Tensor, reduction: str, count: Tensor | int | None = None) 
 
 def _residual(prediction: Tensor, target: Tensor, factor: float) -> Tensor:
     _check_shapes(prediction, target)
-    return scale_bwd(prediction - target, factor)
+    return scale_bwd(_wide(prediction) - _wide(target), factor)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """FP32 for what has less."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def _check_shapes(prediction: Tensor, target: Tensor) -> None:

@@ -82,14 +82,17 @@ class UnitLoss(nn.Module):
         """Sum of the losses; the first call calibrates, unless that is done or not needed."""
         closed = _CLOSED.get(self.fn)
         if closed is not None and not options.keys() & {"reduction", "size_average", "reduce"}:
-            options["reduction"] = "sum"
+            options["reduction"] = "none"
+            prediction, *args = map(_wide, (prediction, *args))
+            options = {key: _wide(value) for key, value in options.items()}
         if self.grad_multiplier is None:
             if closed is not None and set(options) == {"reduction"} and len(args) == 1:
                 self.grad_multiplier = closed(prediction)
             else:
                 self.calibrate(prediction, *args, **options)
         assert self.grad_multiplier is not None
-        return self.fn(scale_bwd(prediction, self.grad_multiplier), *args, **options).sum()
+        losses = self.fn(scale_bwd(prediction, self.grad_multiplier), *args, **options)
+        return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
 
     def calibrate(self, prediction: Tensor, *args: Any, **options: Any) -> LossReport:
         """Measure the gradient on a batch and freeze the multiplier. Reads the device.
@@ -163,7 +166,8 @@ def unit_loss(fn: Callable[..., Tensor], *, grad_multiplier: float | None = None
     """`fn` as a loss whose gradient has RMS 1 when training begins.
 
     Args:
-        fn: `fn(prediction, ...)` returns losses of any shape, or their sum.
+        fn: `fn(prediction, ...)` returns losses of any shape, which are summed in FP32, or their
+            sum, in whose dtype it is; torch's own losses are computed in FP32.
         grad_multiplier: what the gradient of the sum is multiplied by. Left out, it is known for
             `F.mse_loss`, `F.l1_loss`, `F.cross_entropy` and `F.binary_cross_entropy_with_logits`,
             and measured for others, in the first call or by `calibrate`. On several ranks give one
@@ -183,6 +187,12 @@ def unit_loss(fn: Callable[..., Tensor], *, grad_multiplier: float | None = None
     True
     """
     return UnitLoss(fn, grad_multiplier)
+
+
+def _wide(value: Any) -> Any:
+    """FP32 for tensors of fewer bits."""
+    low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if low else value
 
 
 def _name(fn: Any) -> str:
