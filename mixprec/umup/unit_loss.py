@@ -83,7 +83,7 @@ class UnitLoss(nn.Module):
         closed = _CLOSED.get(self.fn)
         if closed is not None and not options.keys() & {"reduction", "size_average", "reduce"}:
             options["reduction"] = "none"
-            prediction, *args = map(_wide, (prediction, *args))
+            prediction, args = _wide(prediction), tuple(map(_wide, args))
             options = {key: _wide(value) for key, value in options.items()}
         if self.grad_multiplier is None:
             if closed is not None and set(options) == {"reduction"} and len(args) == 1:
