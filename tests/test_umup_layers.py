@@ -193,6 +193,51 @@ def test_a_steps_spectral_norm_is_what_the_rule_says_and_decay_is_beside_it(
         torch.testing.assert_close(layer.weight.detach(), before * (1 - 2**-7))
 
 
+@pytest.mark.parametrize("depth_rule", ["sqrt", "completep"])
+@pytest.mark.parametrize("kind", ["plain stack", "decoder"])
+def test_every_hidden_matrix_is_normalised_whatever_else_is_in_its_group(
+    kind: str, depth_rule: Any
+) -> None:
+    if kind == "decoder":
+        model: torch.nn.Module = umup.Decoder(32, width=64, depth=2, seq_len=8)
+    else:
+        layers = L.Linear(32, 64), L.Linear(64, 64), L.LinearReadout(64, 8)
+        model = torch.nn.Sequential(*layers)
+    groups = umup.param_groups(model, 0.1, "soap", depth_rule=depth_rule)
+    if kind != "decoder" or depth_rule == "completep":
+        assert all(group["roles"] != ["hidden"] for group in groups)  # else it is too easy
+    optimizer = umup.spectral_normalize(torch.optim.Adam(groups), iterations=50)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=seeded(0))
+    optimizer.step()
+    spec = umup.spec(model)
+    for name, param in model.named_parameters():
+        entry, change = spec[name], param.detach() - before[name]
+        rate = 0.1 * (entry.depth**-0.5 if depth_rule == "sqrt" else 1.0)
+        if entry.role == "hidden":
+            found = torch.linalg.matrix_norm(change, 2).item()
+            assert found == pytest.approx(rate * param.shape[0] ** 0.5, rel=0.02), name
+        elif entry.role in ("norm", "bias"):
+            assert change.abs().max() == pytest.approx(rate, rel=1e-3)  # Adam's first step
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_nothing_to_normalise_is_an_error(grouped: bool) -> None:
+    layer = L.LinearReadout(8, 8)
+    groups: Any = umup.param_groups(layer, 0.5, "soap") if grouped else layer.parameters()
+    with pytest.raises(ValueError, match=r"no group of SGD says that it has .*umup\.param_groups"):
+        umup.spectral_normalize(torch.optim.SGD(groups, lr=0.1))
+
+
+def test_roles_that_do_not_fit_the_parameters_are_refused() -> None:
+    layer = L.Linear(8, 8)
+    optimizer = umup.spectral_normalize(torch.optim.SGD(umup.param_groups(layer, 0.5, "soap")))
+    del optimizer.param_groups[0]["params"][:]
+    with pytest.raises(ValueError, match=r"a group has 0 parameters and param_roles of \d, so it"):
+        optimizer.step()
+
+
 def test_the_power_method_is_close_and_never_above() -> None:
     for seed in range(5):
         matrix = torch.randn(64, 48, generator=seeded(seed))

@@ -69,6 +69,7 @@ def test_learning_rates_of_adam_like_rules_and_sgd(
         ((256, 64), "original", 8.0),  # 2 is its own: 256^1/2 / 2
         ((64, 64), "match_rms_adamw", 1.0),
         ((64, 256), "match_rms_adamw", 0.5),
+        ((64, 256), "spectral_unclamped", 16.0),
         ((64, 256), "spectral_norm", 16.0),
         ((64, 256), "none", 8.0),
     ],
@@ -80,7 +81,35 @@ def test_muon_gets_what_its_own_factor_leaves(
     assert row.lr == pytest.approx(wanted / 2)
 
 
-@pytest.mark.parametrize("own", ["original", "match_rms_adamw"])
+def taken_by_muon(own: str) -> bool:
+    try:
+        torch.optim.Muon([torch.nn.Parameter(torch.zeros(1, 1))], adjust_lr_fn=own)
+    except ValueError:
+        return False
+    return True
+
+
+TAKEN = [own for own in ("original", "match_rms_adamw", "spectral_unclamped") if taken_by_muon(own)]
+
+
+@pytest.mark.parametrize("own", [None, *TAKEN])
+@pytest.mark.parametrize("given", TAKEN)
+def test_groups_carry_the_factor_that_their_rates_assume(own: Any, given: Any) -> None:
+    layer = L.Linear(64, 256, bias=False)
+    for optimizer in (torch.optim.Muon, "muon"):
+        groups = umup.param_groups(layer, 0.5, optimizer, adjust_lr_fn=own)
+        made = torch.optim.Muon(groups, adjust_lr_fn=given)
+        assert made.param_groups[0]["adjust_lr_fn"] == (own or "original")
+
+
+@pytest.mark.parametrize("own", ["none", "spectral_norm"])
+def test_a_factor_that_the_rule_does_not_take_is_refused(own: str) -> None:
+    layer = L.Linear(64, 256, bias=False)
+    with pytest.raises(ValueError, match=rf"adjust_lr_fn='{own}', and Muon says: .*not supported"):
+        umup.param_groups(layer, 0.5, torch.optim.Muon, adjust_lr_fn=own)
+
+
+@pytest.mark.parametrize("own", TAKEN)
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (128, 128)])
 def test_torchs_muon_moves_outputs_by_the_base_rate_whatever_the_shape(
     shape: tuple[int, int], own: str
@@ -94,7 +123,7 @@ def test_torchs_muon_moves_outputs_by_the_base_rate_whatever_the_shape(
     change = torch.linalg.matrix_norm(layer.weight.detach() - before, 2).item()
     # Spectral norm lr * fan_out^1/2; Newton-Schulz leaves singular values in 0.7..1.2. In RMS mode
     # the rule's 0.2 counts as part of the base rate.
-    constant = 1.0 if own == "original" else 0.2
+    constant = 0.2 if own == "match_rms_adamw" else 1.0
     assert 0.7 < change / (0.5 * shape[0] ** 0.5 * constant) < 1.3
 
 

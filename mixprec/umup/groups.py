@@ -20,6 +20,7 @@ import inspect
 from collections.abc import Collection
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -64,17 +65,20 @@ def param_groups(
             `umup.ROLES - {"hidden"}`, to AdamW.
         eps: the optimizer's own by default.
         embedding_rule, depth_rule: see `rules.Rules`.
-        adjust_lr_fn: of `torch.optim.Muon`, which gets it with the groups; "original" by default.
-            "spectral_norm" and "none" are for others.
+        adjust_lr_fn: what Muon multiplies its update by; "original" by default. Torch's gets it
+            with the groups, whatever its constructor is given. "spectral_norm" and "none" are for
+            others.
 
     Returns:
-        Groups with "params", "param_names", "lr", and where the optimizer has them "weight_decay"
-        and "eps"; and "roles", "lr_multiplier" and "token_power", which optimizers keep and save.
-        Frozen parameters are in none.
+        Groups with "params", "param_names", "lr", and where the optimizer has them "weight_decay",
+        "eps" and "adjust_lr_fn"; and "param_roles", as many as parameters, "roles", each once,
+        "lr_multiplier" and "token_power", which optimizers keep and save. Frozen parameters are in
+        none.
 
     Raises:
         ValueError: as `spec` and `Rules` do; for weight decay in a rule that mixes it into its
-            gradients; if no parameter has one of `roles`.
+            gradients; for an `adjust_lr_fn` that the optimizer does not take; if no parameter has
+            one of `roles`.
 
     >>> import torch
     >>> from mixprec import umup
@@ -91,6 +95,9 @@ def param_groups(
     _check_decay(optimizer, weight_decay)
     eps = _default_eps(optimizer) if eps is None else eps
     takes_decay = _takes(optimizer, "weight_decay")
+    takes_adjust = rules.family == "muon" and _takes(optimizer, "adjust_lr_fn")
+    if takes_adjust:
+        _check_adjust(optimizer, rules.adjust_lr_fn)
     buckets: dict[tuple[float, bool, float], dict[str, Any]] = {}
     for name, param, entry in spec.parameters(model):
         if entry.role not in roles:
@@ -104,13 +111,14 @@ def param_groups(
                 group["weight_decay"] = _group_decay(lr * multiplier, weight_decay, row)
             if eps is not None:
                 group["eps"] = eps * eps_factor
-            if rules.family == "muon" and adjust_lr_fn in ("original", "match_rms_adamw"):
-                group["adjust_lr_fn"] = adjust_lr_fn
-            group.update(roles=[], lr_multiplier=multiplier, token_power=-0.5)
+            if takes_adjust:
+                group["adjust_lr_fn"] = rules.adjust_lr_fn
+            group.update(param_roles=[], roles=[], lr_multiplier=multiplier, token_power=-0.5)
             buckets[key] = group
         group = buckets[key]
         group["params"].append(param)
         group["param_names"].append(name)
+        group["param_roles"].append(entry.role)
         group["roles"] = sorted({*group["roles"], entry.role})
     if not buckets:
         raise ValueError(
@@ -154,7 +162,7 @@ def _group_decay(lr: float | Tensor, weight_decay: float, row: Rule) -> float:
 def _takes(optimizer: type[Optimizer] | Optimizer | str, name: str) -> bool:
     """Whether the optimizer has that option; one of a family that is only named is taken to."""
     if isinstance(optimizer, str):
-        return name == "weight_decay"
+        return name in ("weight_decay", "adjust_lr_fn")
     if isinstance(optimizer, Optimizer):
         return name in optimizer.defaults
     return name in inspect.signature(optimizer).parameters
@@ -169,6 +177,20 @@ def _default_eps(optimizer: type[Optimizer] | Optimizer | str) -> float | None:
     else:
         eps = inspect.signature(optimizer).parameters["eps"].default
     return eps if isinstance(eps, float) else None
+
+
+def _check_adjust(optimizer: type[Optimizer] | Optimizer | str, adjust_lr_fn: str) -> None:
+    """Refuse a factor that the rule would leave out without a word: it reads groups unchecked."""
+    if isinstance(optimizer, str):
+        return
+    kind: Any = optimizer if isinstance(optimizer, type) else type(optimizer)
+    try:
+        kind([nn.Parameter(torch.zeros(1, 1))], adjust_lr_fn=adjust_lr_fn)
+    except ValueError as error:
+        raise ValueError(
+            f"adjust_lr_fn={adjust_lr_fn!r}, and {kind.__name__} says: {error}. The learning rates "
+            f"would assume a factor that is not there. Give one that it takes, or 'original'."
+        ) from None
 
 
 def _check_decay(optimizer: type[Optimizer] | Optimizer | str, weight_decay: float) -> None:

@@ -50,8 +50,8 @@ FAMILIES: Mapping[Family, tuple[str, ...]] = {
 
 _MATRICES_ONLY: tuple[Family, ...] = ("muon", "shampoo")
 
-ADJUST = ("original", "match_rms_adamw", "spectral_norm", "none")
-"""What a Muon multiplies its orthogonal update by; the first two are those of torch."""
+ADJUST = ("original", "match_rms_adamw", "spectral_unclamped", "spectral_norm", "none")
+"""What a Muon multiplies its orthogonal update by; the first three are those of torch."""
 
 
 def family_of(optimizer: type[Optimizer] | Optimizer | str) -> Family:
@@ -202,6 +202,7 @@ class Rules:
         own = {
             "original": max(1.0, fan_out / fan_in) ** 0.5,
             "match_rms_adamw": max(fan_in, fan_out) ** 0.5,  # its 0.2 is part of the base rate
+            "spectral_unclamped": (fan_out / fan_in) ** 0.5,
             "spectral_norm": (fan_out / fan_in) ** 0.5,
             "none": 1.0,
         }[self.adjust_lr_fn]

@@ -8,6 +8,7 @@ fits it at all widths; measuring the update and dividing does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ __all__ = ["spectral_norm", "spectral_normalize"]
 def spectral_normalize(optimizer: Optimizer, *, iterations: int = 8) -> Optimizer:
     """Give every step of a hidden matrix the spectral norm `lr * fan_out^1/2`.
 
-    Works by hooks around `optimizer.step`, on groups of `param_groups` with the role "hidden". The
-    group's weight decay is taken to be decoupled and left out of the norm. Costs a copy of these
-    parameters during the step, and `2 * iterations` products with a vector each.
+    Works by hooks around `optimizer.step`, on those parameters of groups of `param_groups` whose
+    role is "hidden", whatever else is in their groups. The group's weight decay is taken to be
+    decoupled and left out of the norm. Costs a copy of these parameters during the step, and
+    `2 * iterations` products with a vector each.
 
     Args:
         iterations: of the power method; see `spectral_norm`.
@@ -32,6 +34,7 @@ def spectral_normalize(optimizer: Optimizer, *, iterations: int = 8) -> Optimize
         The optimizer itself.
 
     Raises:
+        ValueError: if no parameter has the role "hidden", or groups tell no roles.
         TypeError: at the step, for parameters that are not FP32 or FP64: their changes are rounded.
 
     Source: Qiu et al. 2025, arXiv:2512.05620, who find it for Shampoo and SOAP.
@@ -48,27 +51,32 @@ def spectral_normalize(optimizer: Optimizer, *, iterations: int = 8) -> Optimize
     >>> abs(change / (0.5 * 64**0.5) - 1) < 0.1
     tensor(True)
     """
+    if not any(True for _ in _hidden(optimizer)):
+        found = sorted({role for group in optimizer.param_groups for role in _roles(group)})
+        raise ValueError(
+            f"spectral_normalize acts on hidden matrices, and no group of "
+            f"{type(optimizer).__name__} says that it has one (its roles are {found}), so it would "
+            f"do nothing. Make the groups with umup.param_groups(model, lr, 'soap')."
+        )
     before: Any = WeakIdKeyDictionary()
 
     def keep(optimizer: Optimizer, *_: Any) -> None:
-        for group in _hidden(optimizer):
-            for param in group["params"]:
-                if param.grad is not None:
-                    _check(param)
-                    before[param] = param.detach().clone()
+        for _group, param in _hidden(optimizer):
+            if param.grad is not None:
+                _check(param)
+                before[param] = param.detach().clone()
 
     @torch.no_grad()
     def rescale(optimizer: Optimizer, *_: Any) -> None:
-        for group in _hidden(optimizer):
+        for group, param in _hidden(optimizer):
             lr, decay = float(group["lr"]), float(group.get("weight_decay", 0.0))
-            for param in group["params"]:
-                old = before.pop(param, None)
-                if old is not None:
-                    old.mul_(1 - lr * decay)
-                    update = param.detach() - old
-                    norm = spectral_norm(update.flatten(1), iterations)
-                    factor = lr * param.shape[0] ** 0.5 / norm
-                    param.copy_(old.add_(update * torch.where(norm > 0, factor, 0.0)))
+            old = before.pop(param, None)
+            if old is not None:
+                old.mul_(1 - lr * decay)
+                update = param.detach() - old
+                norm = spectral_norm(update.flatten(1), iterations)
+                factor = lr * param.shape[0] ** 0.5 / norm
+                param.copy_(old.add_(update * torch.where(norm > 0, factor, 0.0)))
 
     optimizer.register_step_pre_hook(keep)
     optimizer.register_step_post_hook(rescale)
@@ -95,8 +103,23 @@ def spectral_norm(matrix: Tensor, iterations: int = 8) -> Tensor:
     return vector.norm()
 
 
-def _hidden(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [group for group in optimizer.param_groups if group.get("roles") == ["hidden"]]
+def _hidden(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Hidden matrices, each with its group."""
+    for group in optimizer.param_groups:
+        roles = _roles(group)
+        if roles and len(roles) != len(group["params"]):
+            raise ValueError(
+                f"a group has {len(group['params'])} parameters and param_roles of {len(roles)}, "
+                f"so it cannot be told which are hidden. Change both lists, or make groups anew."
+            )
+        for param, role in zip(group["params"], roles, strict=bool(roles)):
+            if role == "hidden":
+                yield group, param
+
+
+def _roles(group: dict[str, Any]) -> list[str]:
+    """Of the group's parameters, one by one; none if `param_groups` has not made it."""
+    return group.get("param_roles", [])
 
 
 def _check(param: Tensor) -> None:
