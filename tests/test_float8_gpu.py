@@ -315,3 +315,30 @@ def test_a_large_model_keeps_two_bytes_a_weight_and_one_a_saved_input(cuda: torc
     saved = torch.cuda.memory_allocated() - before - y.nbytes
     # The transpose for the weight gradient; the last cast's rows are kept for a sibling.
     assert abs(saved - 2 * tokens * width) < 2**16
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_compiled_first_step_has_the_gradients_of_an_eager_one(
+    cuda: torch.device, recipe: str, recomputed: bool
+) -> None:
+    def grads(compiled: bool) -> list[Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
+        Precision("fp8", recipe=recipe).convert(model, min_dim=16)
+        model.to(cuda)  # what casts hold moves along, and must be found there
+
+        def forward(x: Tensor) -> Tensor:
+            for layer in model:
+                x = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
+            return x
+
+        run = torch.compile(forward, fullgraph=True) if compiled else forward
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(1)).bfloat16().to(cuda)
+        (run(x).float().square().sum() * 2.0**-30).backward()
+        return [param.grad for param in model.parameters() if param.grad is not None]
+
+    for a, b in zip(grads(True), grads(False), strict=True):
+        assert a.any() and torch.equal(a, b)

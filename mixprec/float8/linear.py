@@ -201,6 +201,8 @@ class _Float8Linear(Function):
         dtype: torch.dtype,
     ) -> Tensor:
         products = state.recipe.products
+        if w_cols is not None and w_col_scale is None:
+            w_col_scale = w_row_scale
         ctx.save_for_backward(
             x_cols if "grad_weight" in products else x,
             x_row_scale if x_col_scale is None else x_col_scale,

@@ -6,10 +6,16 @@ a recompilation or another capture of a CUDA graph, and nothing waits for the de
 Under `torch.compile` a cast is a kernel that the compiled code launches; where there is none, one
 registered operator, which the compiler leaves as it is; or, on demand and with a static exponent,
 plain operations that it may fuse with what comes before.
+
+An adaptive exponent is fitted to the values of the first step, and compiled code has none of those
+when it is made, nor may it be made again for the second step. So it calls an operator, before each
+cast or around it, that looks whether the exponent is settled: from the second step on that is all
+it does. It is given nothing but tensors, and finds the operand by where its multiplier lies.
 """
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
 from typing import Any
 
@@ -18,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixprec import formats
+from mixprec.devices import is_capturing
 from mixprec.float8.cast import (
     NUM_COUNTERS,
     Operand8,
@@ -31,7 +38,7 @@ from mixprec.float8.operators import operator, written
 from mixprec.float8.products import padded
 from mixprec.float8.recipe import Cast
 
-__all__ = ["Operand", "cast_as", "cast_named"]
+__all__ = ["Operand", "cast_as", "cast_named", "settle_at"]
 
 
 class Operand:
@@ -60,7 +67,11 @@ class Operand:
         """Whether it stays from one matrix to the next: from the first step on."""
         self.given: int | None = None
         """The exponent that `set_exponent` was given, which needs no fit."""
+        self._listen()
+
+    def _listen(self) -> None:
         follow(self)
+        _at_address[self.scale.data_ptr()] = self
 
     def __call__(self, x: Tensor, *, rows: bool = True, cols: bool = True) -> Operand8:
         """The matrix `x` in FP8, in the orientations asked for."""
@@ -71,9 +82,12 @@ class Operand:
         return cast_as(self.cast, x, self.scale, self.counters, rows, cols)
 
     def settle(self, x: Tensor) -> None:
-        """Fit the exponent to `x`, as long as no step has shown what to expect."""
+        """Fit the exponent to `x`, as long as no step has shown what to expect.
+
+        Not again while a CUDA graph is captured: each replay would fit, for the whole run.
+        """
         if not self.settled and x.numel():
-            if self.given is None:
+            if self.given is None and not (self.fitted and is_capturing(x.device)):
                 self.scale.copy_(scale_for(x.abs().amax().float(), self.cast.format))
             self.fitted = True
 
@@ -90,6 +104,7 @@ class Operand:
         with torch.inference_mode(False):  # they are for training too, whoever comes first
             for name in ("scale", "counters", "last", "slack_steps"):
                 setattr(self, name, getattr(self, name).to(device))
+        _at_address[self.scale.data_ptr()] = self
 
     def traced(
         self, x: Tensor, scale: Tensor, counters: Tensor, *, rows: bool, cols: bool
@@ -98,8 +113,14 @@ class Operand:
         plan = self.cast
         if self.inline:
             return _inlined(x, plan, rows, cols)
-        if has_kernel(x.device):  # launched by what the compiler makes, past any operator
-            return cast_as(plan, written(x), scale, counters, rows, cols)
+        adaptive = plan.scaling == "adaptive"
+        # FP32 takes two launches, of which nothing would keep the first behind the fit.
+        by_operator = adaptive and x.dtype == torch.float32
+        if has_kernel(x.device) and not by_operator:  # launched by what the compiler makes
+            x = written(x)
+            if adaptive:
+                _settle_op(x, scale, counters)
+            return cast_as(plan, x, scale, counters, rows, cols)
         options = plan.format.name, plan.scaling, plan.power_of_two
         by_row, by_col, row_scale, col_scale = _cast(x, *options, scale, counters, rows, cols)
         return Operand8(
@@ -111,7 +132,24 @@ class Operand:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        follow(self)
+        self._listen()
+
+
+_at_address: weakref.WeakValueDictionary[int, Operand] = weakref.WeakValueDictionary()
+"""Operands by where their multiplier lies; one that has moved may still stand at its old place."""
+
+
+def settle_at(x: Tensor, scale: Tensor) -> None:
+    """`Operand.settle(x)` of the operand with the multiplier `scale`.
+
+    Compiled code saves `scale` for a backward pass that may well cast by a newer exponent, as it
+    does where nothing is compiled; autograd must not take that for a mistake.
+    """
+    owner = _at_address.get(scale.data_ptr())
+    if owner is None or owner.settled or owner.scale.data_ptr() != scale.data_ptr():
+        return
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(owner.scale):
+        owner.settle(x)
 
 
 @cache
@@ -146,6 +184,8 @@ def _cast_or_empty(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`cast_as` for the compiler: what is not wanted is empty, and no output comes twice."""
     plan = cast_named(format, scaling, power_of_two)
+    if scaling == "adaptive":
+        settle_at(x, scale)
     by_row, by_col, row_scale, col_scale = cast_as(plan, x, scale, counters, rows, cols)
     return (
         x.new_empty(0, dtype=plan.format.dtype) if by_row is None else by_row,
@@ -177,6 +217,16 @@ def _fake(
 
 
 _cast = operator("float8_cast", _cast_or_empty, _fake, mutates=("counters",))
+
+
+def _settle(x: Tensor, scale: Tensor, counters: Tensor) -> None:
+    settle_at(x, scale)
+
+
+_settle_op = operator("float8_settle", _settle, lambda *arguments: None, mutates=("counters",))
+"""Says that it writes the counters, which the cast adds to, and so is called before it. It must not
+name what it does write, `scale`: a compiler that does not write in place would hand it a copy.
+"""
 
 
 def _inlined(x: Tensor, plan: Cast, rows: bool, cols: bool) -> Operand8:

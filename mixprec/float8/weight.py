@@ -27,7 +27,7 @@ from mixprec.float8.all_gather import ByteGather, GatheredWeight
 from mixprec.float8.cast import Operand8, cast_scaled, has_kernel
 from mixprec.float8.exponents import follow_weight
 from mixprec.float8.late_cast import late_cast
-from mixprec.float8.operand import Operand, cast_as, cast_named
+from mixprec.float8.operand import Operand, cast_as, cast_named, settle_at
 from mixprec.float8.operators import operator
 from mixprec.gradients import local
 
@@ -110,11 +110,8 @@ class CachedWeight:
             made = self.operand(weight, cols=False)
             factor = _times(made.row_scale, output)
             return made._replace(row_scale=factor, col_scale=factor)
-        if not compiling:
-            if self.held is None or self.held[2].device != weight.device:
-                self.allocate(weight)
-            if not (self.operand.settled or self.is_made_of(weight, output, grad_input)):
-                self.operand.settle(weight)
+        if not compiling and (self.held is None or self.held[2].device != weight.device):
+            self.allocate(weight)
         if self.held is None:
             return _scaled(self.operand(weight), output, grad_input)
         operand, held = self.operand, self.held
@@ -216,6 +213,7 @@ def _refresh(
     if owner is not None and owner.is_made_of(weight, output, grad_input):
         return
     plan = cast_named(format, scaling, power_of_two)
+    settle_at(weight, scale)
     if plan.has_exponent:
         made = cast_scaled(weight, plan.format, scale, counters, out=(rows, cols))
     else:
