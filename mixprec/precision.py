@@ -28,7 +28,7 @@ from torch import nn
 from mixprec import conversion, float8, formats
 from mixprec.conversion import NORMS, Report
 from mixprec.float8 import Recipe, Stats
-from mixprec.float8.conversion import exponents, load_exponents
+from mixprec.float8.conversion import exponents, load_exponents, recast
 from mixprec.formats import BF16, FP16, FP32, Format
 
 if TYPE_CHECKING:
@@ -233,6 +233,26 @@ class Precision:
     def load_exponents(self, model: nn.Module, saved: Mapping[str, Mapping[str, int]]) -> None:
         """Go on with what `exponents` returned; a ValueError for operands that do not adapt."""
         load_exponents(model, saved)
+
+    def recast(self, model: nn.Module) -> None:
+        """Cast the weights of FP8 layers anew at their next use.
+
+        Needed after a write through `.data`, `numpy` and the like, which leaves no trace, between
+        two micro-batches of one step. All else is noticed: writes that autograd knows of, and any
+        way of writing before an evaluation, after a step of an optimizer, or before the first use.
+
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(64, 32, bias=False))
+        >>> precision = Precision("fp8")
+        >>> _ = precision.convert(model, min_dim=16)
+        >>> x = torch.ones(4, 64, dtype=torch.bfloat16)
+        >>> _ = model(x)
+        >>> _ = model[0].weight.data.zero_()
+        >>> precision.recast(model)
+        >>> model(x).any().item()
+        False
+        """
+        recast(model)
 
     def fsdp_policy(self) -> MixedPrecisionPolicy:
         """The `mp_policy` for `torch.distributed.fsdp.fully_shard`.

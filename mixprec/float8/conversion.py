@@ -34,6 +34,7 @@ __all__ = [
     "exponents",
     "float8_layers",
     "load_exponents",
+    "recast",
     "revert",
 ]
 
@@ -210,6 +211,12 @@ def load_exponents(model: nn.Module, saved: Mapping[str, Mapping[str, int]]) -> 
         for role, exponent in by_role.items():
             layers[name]._float8.operands()[role].set_exponent(exponent)
         layers[name]._float8.weight.forget()
+
+
+def recast(model: nn.Module) -> None:
+    """Cast the weights of `model` anew at their next use. See `Precision.recast`."""
+    for _, layer in float8_layers(model):
+        layer._float8.weight.replaced()
 
 
 def enable_fsdp_float8_all_gather(model: nn.Module) -> tuple[str, ...]:

@@ -53,6 +53,10 @@ class Float8Layer(nn.Linear):
         if name == "weight" and param is not None:
             self._float8.weight.put(param)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._float8.weight.replaced()
+
     def __setattr__(self, name: str, value: Any) -> None:
         # FSDP2 puts parameters into a module past `register_parameter` unless this is overridden.
         super().__setattr__(name, value)
@@ -67,7 +71,7 @@ class Float8Linear(Float8Layer):
     reverts_to = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
-        return float8_linear(input, self.weight, self.bias, self._float8)
+        return float8_linear(input, self.weight, self.bias, self._float8, training=self.training)
 
 
 class Float8State:
@@ -115,6 +119,8 @@ def float8_linear(
     bias: Tensor | None,
     state: Float8State,
     multipliers: Multipliers = _NO_MULTIPLIERS,
+    *,
+    training: bool,
 ) -> Tensor:
     """`F.linear(input, weight, bias)` by the recipe of `state`.
 
@@ -124,6 +130,8 @@ def float8_linear(
         weight: `[out_features, in_features]`, both multiples of 16, of the dtype of `input` unless
             autocast is on. A DTensor is multiplied shard by shard, see `Shards`.
         bias: `[out_features]`, of the dtype of `weight`.
+        training: the mode of the layer. The cast of `weight` serves later calls where this is true
+            and a backward pass may follow.
 
     Returns:
         `[..., out_features]` in the dtype of `input`, or in that of autocast.
@@ -133,11 +141,11 @@ def float8_linear(
         ValueError: for a DTensor whose shards are no multiples of 16.
     """
     if not (is_dtensor(weight) or is_dtensor(input)):
-        return _linear(input, weight, bias, state, multipliers, input, weight)
+        return _linear(input, weight, bias, state, multipliers, training, input, weight)
     shards = Shards(input, weight, bias)
     operands = shards.input, shards.weight, shards.bias
     sources = shards.input_source, shards.weight_source
-    return shards.result(_linear(*operands, state, multipliers, *sources))
+    return shards.result(_linear(*operands, state, multipliers, training, *sources))
 
 
 def _linear(
@@ -146,13 +154,16 @@ def _linear(
     bias: Tensor | None,
     state: Float8State,
     multipliers: Multipliers,
+    training: bool,
     input_source: Tensor,
     weight_source: Tensor,
 ) -> Tensor:
     """`float8_linear` of plain tensors, by casts of the sources: the same values, no views."""
     dtype = _dtype_of_output(input, weight)
     matrix = input.reshape(-1, input.shape[-1])
-    for_weight = torch.is_grad_enabled() and weight.requires_grad
+    held = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    recorded = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held)
+    for_weight = recorded and weight.requires_grad
     products = state.recipe.products
     with torch.no_grad():
         x8 = _cast_input(
@@ -162,7 +173,8 @@ def _linear(
             rows="output" in products,
             cols=for_weight and "grad_weight" in products,
         )
-        w8 = state.weight(weight_source, multipliers.output, multipliers.grad_input)
+        factors = multipliers.output, multipliers.grad_input
+        w8 = state.weight(weight_source, *factors, keep=training and recorded)
     dy = state.grad_output
     if not torch.compiler.is_compiling():
         dy.move_to(input.device)

@@ -91,6 +91,11 @@ class Operand:
                 self.scale.copy_(scale_for(x.abs().amax().float(), self.cast.format))
             self.fitted = True
 
+    def unsettle(self) -> None:
+        """Fit anew, to matrices that have nothing to do with those before."""
+        if self.settled and self.cast.scaling == "adaptive":
+            self.settled, self.given = False, None
+
     def set_exponent(self, exponent: int) -> None:
         """Go on from `exponent`; siblings that are given the same become one again."""
         self.scale.copy_(torch.tensor([2.0**exponent, 2.0**-exponent]))

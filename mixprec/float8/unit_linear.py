@@ -22,4 +22,5 @@ class Float8UnitLinear(Float8Layer, Linear):
         )
         output = self.output_multiplier
         multipliers = Multipliers(output * forward, backward, output)
-        return float8_linear(input, self.weight, self.bias, self._float8, multipliers)
+        held = self.weight, self.bias, self._float8
+        return float8_linear(input, *held, multipliers, training=self.training)

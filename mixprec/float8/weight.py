@@ -1,10 +1,19 @@
-"""A weight in FP8, with its transpose, cast once for as long as it does not change.
+"""A weight in FP8, with its transpose, cast once a step.
 
 Between two optimizer steps a weight is read by every micro-batch, forward and backward, and again
-by recomputation. The cast is kept until the weight is another tensor, was written in place (its
-version counter tells), or was in an optimizer that stepped (which also finds steps that write past
-the counter, through `.data`). While a CUDA graph is captured it is cast, so that replays cast too,
-and from then on at every use, because replays may change it and leave no trace.
+by recomputation. The cast is kept until the weight is another tensor, has other memory, was written
+in place (its version counter tells), or an optimizer has stepped that holds it. A frozen weight is
+cast again after a step of any optimizer.
+
+Writes through `.data` leave no trace: merging an adapter, clamping, averaging weights, storing and
+restoring them around an evaluation. They happen between steps, or where nothing is trained. So a
+cast is kept for training alone, where a layer in training mode records what autograd goes back
+through. Without gradients, and in evaluation mode, the weight that is there is cast at every use,
+into memory that is freed again. What remains, a write through `.data` between two micro-batches of
+one step, has to be told (`Precision.recast`).
+
+While a CUDA graph is captured a weight is cast, so that replays cast too, and from then on at every
+use, because replays may change it and leave no trace.
 
 The price is two bytes a parameter. Constant factors of the layer's products are folded into the
 scales of its weight, where they cost nothing.
@@ -21,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mixprec.devices import is_capturing
 from mixprec.float8.all_gather import ByteGather, GatheredWeight
@@ -52,7 +62,9 @@ class CachedWeight:
         self._placements: Any = None
         # No reference, not even a weak one: `Module.to` could not swap such a DTensor.
         self._put: int | None = None
-        self._made_of: tuple[Any, ...] | None = None
+        self._made_of: tuple[StorageWeakRef, list[Any]] | None = None
+        self._is_frozen = False
+        """Whether they were made of a weight that no optimizer trains."""
         self._in_graph = False
         """Whether a CUDA graph holds a cast: replays may change the weight past every counter."""
         self.allocate(weight)
@@ -67,6 +79,7 @@ class CachedWeight:
         self._put = id(weight)
         placements, before = getattr(weight, "placements", None), self._placements
         if placements is None and before is None:
+            self.replaced()
             return
         if before is None:
             self.operand.fitted = False  # at first use, to what then is the same on all ranks
@@ -100,13 +113,18 @@ class CachedWeight:
         _at_address[self.held[0].data_ptr()] = self
         follow_weight(self)
 
-    def __call__(self, weight: Tensor, output: float, grad_input: float) -> Operand8:
-        """The copies of `weight`, scaled for the products output and grad_input."""
+    def __call__(self, weight: Tensor, output: float, grad_input: float, keep: bool) -> Operand8:
+        """The copies of `weight`, scaled for the products output and grad_input.
+
+        Args:
+            keep: serve later calls too. Otherwise, as for a weight that is gathered, `cols` is None
+                and made by `late_cols`, if there is a backward pass.
+        """
         compiling = torch.compiler.is_compiling()
         if isinstance(weight, GatheredWeight):
             factor = _times(weight.factor, output)
             return Operand8(weight.rows, None, factor, factor)
-        if self.is_gathered:
+        if self.is_gathered or not keep:
             made = self.operand(weight, cols=False)
             factor = _times(made.row_scale, output)
             return made._replace(row_scale=factor, col_scale=factor)
@@ -144,22 +162,35 @@ class CachedWeight:
         """Whether the copies are those of `weight` as it is now."""
         if self._made_of is None or self._in_graph or is_capturing(weight.device):
             return False
-        made_of, *rest = self._made_of
-        return made_of() is weight and rest == _signs(weight, output, grad_input)
+        storage, signs = self._made_of
+        # Held weakly, so that no later memory has its address.
+        same_memory = storage.cdata == weight.untyped_storage()._cdata
+        return same_memory and signs == _signs(weight, output, grad_input)
 
     def note(self, weight: Tensor, output: float, grad_input: float) -> None:
         """The copies were made of `weight` just now."""
         self._in_graph |= is_capturing(weight.device)
-        self._made_of = (weakref.ref(weight), *_signs(weight, output, grad_input))
+        self._is_frozen = not weight.requires_grad
+        storage = StorageWeakRef(weight.untyped_storage())
+        self._made_of = storage, _signs(weight, output, grad_input)
 
     def forget(self) -> None:
         """Cast anew at the next use."""
         self._made_of = None
 
+    def replaced(self) -> None:
+        """Cast anew, by an exponent for other values, unless ranks have agreed on it."""
+        self.forget()
+        if self._placements is None:
+            self.operand.unsettle()
+
     def forget_if_of(self, identities: set[int]) -> None:
-        """Cast anew if made of one of the tensors of these `id`s."""
-        made_of = None if self._made_of is None else id(self._made_of[0]())
-        if made_of in identities or self._put in identities:
+        """Cast anew after a step that trained the tensors of these `id`s, if made of one of them.
+
+        A frozen weight goes with every step: what is written into it, no step announces.
+        """
+        made_of = None if self._made_of is None else self._made_of[1][0]
+        if self._is_frozen or made_of in identities or self._put in identities:
             self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -173,7 +204,7 @@ class CachedWeight:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.held = self._made_of = self._put = None
-        self._in_graph = False
+        self._in_graph = self._is_frozen = False
 
 
 _at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueDictionary()
@@ -181,7 +212,9 @@ _at_address: weakref.WeakValueDictionary[int, CachedWeight] = weakref.WeakValueD
 
 
 def _signs(weight: Tensor, output: float, grad_input: float) -> list[Any]:
-    return [weight.data_ptr(), weight._version, output, grad_input]
+    # No reference to it, not even a weak one, with which `torch.utils.swap_tensors` refuses it.
+    address, trains = weight.data_ptr(), weight.requires_grad
+    return [id(weight), address, weight._version, trains, output, grad_input]
 
 
 def _times(factor: Tensor, multiplier: float) -> Tensor:
