@@ -225,7 +225,9 @@ class _Float8Linear(Function):
             *((dy_scale, dy_counters, w_scale) if torch.compiler.is_compiling() else ()),
         )
         ctx.state, ctx.multipliers, ctx.casts_late = state, multipliers, w_cols is None
-        ctx.dtypes = x.dtype, _dtype_of_gradient(weight), None if bias is None else bias.dtype
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        # As autograd does, so that nothing lives longer for it.
+        ctx.leaves = None if torch.compiler.is_compiling() else (_leaf(weight), _leaf(bias))
         if bias is not None:
             bias = bias.to(dtype)
             bias = bias if multipliers.bias == 1 else bias * multipliers.bias
@@ -244,6 +246,9 @@ class _Float8Linear(Function):
         products, fast = state.recipe.products, state.recipe.fast_accumulation
         for_x, for_weight, for_bias = ctx.needs_input_grad[:3]
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        if not compiling:
+            weight_dtype = _dtype_of_gradient(ctx.leaves[0], weight_dtype)
+            bias_dtype = _dtype_of_gradient(ctx.leaves[1], bias_dtype)
         dy, dx, dweight, dbias = grads[0], None, None, None
         wanted = {
             "rows": for_x and "grad_input" in products,
@@ -290,11 +295,16 @@ def _dtype_of_output(input: Tensor, weight: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _dtype_of_gradient(weight: Tensor) -> torch.dtype:
-    """FP32 for a 16-bit weight whose gradients are summed in it: the product knows more digits."""
-    if torch.compiler.is_compiling() or not weight.is_leaf:
-        return weight.dtype
-    return getattr(weight, "grad_dtype", None) or weight.dtype
+def _leaf(param: Tensor | None) -> Tensor | None:
+    return param if param is not None and param.is_leaf else None
+
+
+def _dtype_of_gradient(param: Tensor | None, otherwise: Any) -> Any:
+    """FP32 for a 16-bit leaf whose gradients are summed in it: a product or sum has more digits.
+
+    Asked in the backward pass: micro-batches may begin to be summed after their forward pass.
+    """
+    return getattr(param, "grad_dtype", None) or otherwise
 
 
 def _refuse_second_derivative() -> None:
