@@ -239,14 +239,15 @@ class Precision:
 
         Needed after a write through `.data`, `numpy` and the like, which leaves no trace, between
         two micro-batches of one step. All else is noticed: writes that autograd knows of, and any
-        way of writing before an evaluation, after a step of an optimizer, or before the first use.
+        way of writing before an evaluation, after a step of an optimizer, or before a backward
+        pass.
 
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 32, bias=False))
         >>> precision = Precision("fp8")
         >>> _ = precision.convert(model, min_dim=16)
         >>> x = torch.ones(4, 64, dtype=torch.bfloat16)
-        >>> _ = model(x)
+        >>> model(x).sum().backward()
         >>> _ = model[0].weight.data.zero_()
         >>> precision.recast(model)
         >>> model(x).any().item()

@@ -402,12 +402,39 @@ def test_training_sees_what_was_written_since_the_last_step(edit: Any, frozen: b
 
 
 def test_a_write_between_two_micro_batches_is_told() -> None:
-    linear, (x, _) = layer(bias=False), operands(32, 64)
-    linear(x)
+    linear, (x, dy) = layer(bias=False), operands(32, 64)
+    linear(x).backward(dy)
     linear.weight.data.zero_()
     assert linear(x).any()  # what this is about
     Precision("fp8").recast(nn.Sequential(linear))
     assert not linear(x).any()
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_training_sees_what_was_written_before_any_backward_pass(edit: Any) -> None:
+    linear, (x, _) = layer(bias=False), operands(32, 64)
+    linear(x)
+    edit(linear.weight)
+    assert uses_its_weight(linear, x)
+
+
+def test_micro_batches_and_recomputation_use_one_cast(casts: list[tuple[int, ...]]) -> None:
+    linear, (x, dy) = layer(), operands(32, 64)
+    for _ in range(3):
+        checkpoint(linear, x.requires_grad_(), use_reentrant=False).backward(dy)
+    assert casts.count((48, 64)) == 1
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_layer_that_is_used_twice_before_it_goes_backward(recipe: str) -> None:
+    linear, (x, dy) = layer(recipe=recipe), operands(32, 64)
+    alone = [run(linear, x, dy)[2:] for _ in range(2)]
+    linear.zero_grad()
+    outputs = [linear(x) for _ in range(2)]  # casts the same weight again
+    for y in outputs:
+        y.backward(dy)
+    for param, *grads in zip(linear.parameters(), *alone, strict=True):
+        torch.testing.assert_close(param.grad, sum(grads), rtol=0, atol=0)
 
 
 def test_a_weight_that_was_merged_while_frozen_is_cast_anew_for_training() -> None:

@@ -8,9 +8,10 @@ cast again after a step of any optimizer.
 Writes through `.data` leave no trace: merging an adapter, clamping, averaging weights, storing and
 restoring them around an evaluation. They happen between steps, or where nothing is trained. So a
 cast is kept for training alone, where a layer in training mode records what autograd goes back
-through. Without gradients, and in evaluation mode, the weight that is there is cast at every use,
-into memory that is freed again. What remains, a write through `.data` between two micro-batches of
-one step, has to be told (`Precision.recast`).
+through, and only once a backward pass has come through it: micro-batches follow such a pass, and
+recomputation is part of one. Without gradients, and in evaluation mode, the weight that is there is
+cast at every use, into memory that is freed again. What remains, a write through `.data` between
+two micro-batches of one step, has to be told (`Precision.recast`).
 
 While a CUDA graph is captured a weight is cast, so that replays cast too, and from then on at every
 use, because replays may change it and leave no trace.
@@ -67,6 +68,8 @@ class CachedWeight:
         """Whether they were made of a weight that no optimizer trains."""
         self._in_graph = False
         """Whether a CUDA graph holds a cast: replays may change the weight past every counter."""
+        self._grad: tuple[int, int] | None = None
+        """Tells the gradient of the weight apart from later ones; None if it has none to come."""
         self.allocate(weight)
         if not weight.is_meta:
             operand.settle(weight.detach())
@@ -167,8 +170,15 @@ class CachedWeight:
         same_memory = storage.cdata == weight.untyped_storage()._cdata
         return same_memory and signs == _signs(weight, output, grad_input)
 
+    def has_gone_back(self, weight: Tensor) -> bool:
+        """Whether a backward pass has come or comes through `weight` since the copies were made."""
+        if self._grad is None or torch._C._current_graph_task_id() != -1:
+            return True
+        return self._grad != _grad_signs(weight)
+
     def note(self, weight: Tensor, output: float, grad_input: float) -> None:
         """The copies were made of `weight` just now."""
+        self._grad = _grad_signs(weight)
         self._in_graph |= is_capturing(weight.device)
         self._is_frozen = not weight.requires_grad
         storage = StorageWeakRef(weight.untyped_storage())
@@ -203,7 +213,7 @@ class CachedWeight:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self.held = self._made_of = self._put = None
+        self.held = self._made_of = self._put = self._grad = None
         self._in_graph = self._is_frozen = False
 
 
@@ -215,6 +225,12 @@ def _signs(weight: Tensor, output: float, grad_input: float) -> list[Any]:
     # No reference to it, not even a weak one, with which `torch.utils.swap_tensors` refuses it.
     address, trains = weight.data_ptr(), weight.requires_grad
     return [id(weight), address, weight._version, trains, output, grad_input]
+
+
+def _grad_signs(weight: Tensor) -> tuple[int, int] | None:
+    if not (weight.requires_grad and weight.is_leaf):
+        return None
+    return id(weight.grad), -1 if weight.grad is None else weight.grad._version
 
 
 def _times(factor: Tensor, multiplier: float) -> Tensor:
@@ -243,20 +259,25 @@ def _refresh(
 ) -> None:
     """Write the copies of `weight` unless they are there."""
     owner = _at_address.get(rows.data_ptr())
-    if owner is not None and owner.is_made_of(weight, output, grad_input):
+    is_known = owner is not None and owner.is_made_of(weight, output, grad_input)
+    if owner is not None and is_known and owner.has_gone_back(weight):
         return
     plan = cast_named(format, scaling, power_of_two)
     settle_at(weight, scale)
-    if plan.has_exponent:
-        made = cast_scaled(weight, plan.format, scale, counters, out=(rows, cols))
-    else:
-        made = cast_as(plan, weight, scale, counters, True, True)
-        rows.copy_(made.rows)  # pyright: ignore[reportArgumentType]
-        cols.copy_(made.cols)  # pyright: ignore[reportArgumentType]
-    torch.mul(made.row_scale.view_as(row_scale), output, out=row_scale)
-    torch.mul(made.col_scale.view_as(col_scale), grad_input, out=col_scale)
-    # A kernel writes without telling autograd, which would then go backward with other bytes.
-    torch.autograd.graph.increment_version((rows, cols))
+    # A layer that is used twice in a pass goes backward twice, with the bytes of this last cast.
+    same = (rows, cols, row_scale, col_scale) if is_known else ()
+    with torch.autograd._unsafe_preserve_version_counter(same):
+        if plan.has_exponent:
+            made = cast_scaled(weight, plan.format, scale, counters, out=(rows, cols))
+        else:
+            made = cast_as(plan, weight, scale, counters, True, True)
+            rows.copy_(made.rows)  # pyright: ignore[reportArgumentType]
+            cols.copy_(made.cols)  # pyright: ignore[reportArgumentType]
+        torch.mul(made.row_scale.view_as(row_scale), output, out=row_scale)
+        torch.mul(made.col_scale.view_as(col_scale), grad_input, out=col_scale)
+    if not is_known:
+        # A kernel writes without telling autograd, which would then go backward with other bytes.
+        torch.autograd.graph.increment_version((rows, cols))
     if owner is not None:
         owner.note(weight, output, grad_input)
 
