@@ -58,6 +58,8 @@ def test_the_report_says_for_every_linear_layer_what_and_why() -> None:
         "router   32 -> 32  16 bits   excluded by '*router*'",
         "lm_head  32 -> 64  16 bits   excluded by 'lm_head'",
         "2 of 7 linear layers in FP8, with 47 % of their weights",
+        # 2 * 32 * 96 of seven layers' 13056, and a norm's 64; the embedding's are a layer's too.
+        "That is 47 % of all the model's weights. No other module runs in FP8: LayerNorm has 0 %",
         "Emulated: cpu has no FP8 units, so the numbers are the same and no time is saved",
     ]
     assert report.converted == ("up", "down")
@@ -74,6 +76,21 @@ def test_small_layers_stay_unless_asked_for() -> None:
 
 def test_a_model_without_linear_layers_says_so() -> None:
     assert str(Precision("fp8").convert(nn.Sequential(nn.ReLU()))) == "no linear layers"
+
+
+def test_the_report_says_how_much_of_a_model_of_convolutions_runs_in_fp8() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 64, 3), nn.Conv2d(64, 64, 3), nn.Linear(64, 32, bias=False))
+    model.append(model[0])
+    lines = str(convert(model)).splitlines()
+    # 2048 weights of 2048 + 9 * 16 * 64 + 64 + 9 * 64 * 64 + 64
+    assert lines[-3:-1] == [
+        "1 of 1 linear layers in FP8, with 100 % of their weights",
+        "That is 4 % of all the model's weights. No other module runs in FP8: Conv2d has 96 %",
+    ]
+    assert str(convert(nn.Sequential(nn.Conv2d(16, 64, 3)))) == (
+        "no linear layers. That is 0 % of all the model's weights. No other module runs in FP8: "
+        "Conv2d has 100 %"
+    )
 
 
 def test_include_and_overrides_choose() -> None:

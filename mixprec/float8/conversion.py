@@ -8,7 +8,7 @@ the report that says why a layer stays in 16 bits; nothing waits for a backward 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -66,6 +66,8 @@ class LayerReport(Report):
     layers: tuple[Layer, ...]
     emulated_on: str | None = None
     """The type of the model's device, if that has no FP8 units."""
+    others: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many parameters modules of each class have that are no linear layers."""
 
     @property
     def converted(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ class LayerReport(Report):
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no linear layers"
+            return " ".join(["no linear layers.", *self._about_others(0, 0)]).rstrip(".")
         sizes = [f"{layer.in_features} -> {layer.out_features}" for layer in self.layers]
         name = max(len(layer.name) for layer in self.layers)
         runs_in = max(len(layer.runs_in) for layer in self.layers)
@@ -94,12 +96,24 @@ class LayerReport(Report):
             f"{len(self.converted)} of {len(self.layers)} linear layers in FP8, with {share:.0f} % "
             "of their weights"
         )
+        lines += self._about_others(in_fp8, sum(weights))
         if self.converted and self.emulated_on:
             lines.append(
                 f"Emulated: {self.emulated_on} has no FP8 units, so the numbers are the same and "
                 "no time is saved"
             )
         return "\n".join(lines)
+
+    def _about_others(self, in_fp8: int, in_linears: int) -> list[str]:
+        """What share of the whole model runs in FP8, if more than linear layers has weights."""
+        total = in_linears + sum(self.others.values())
+        if not any(self.others.values()):
+            return []
+        most = max(self.others, key=lambda kind: self.others[kind])
+        return [
+            f"That is {100 * in_fp8 / total:.0f} % of all the model's weights. No other module "
+            f"runs in FP8: {most} has {100 * self.others[most] / total:.0f} %"
+        ]
 
 
 def convert(
@@ -146,7 +160,8 @@ def convert(
     for module, plan in plans:
         module._float8 = Float8State(plan, module.weight)  # pyright: ignore[reportArgumentType]
         module.__class__ = _float8_class(type(module))  # pyright: ignore[reportAttributeAccessIssue]
-    return LayerReport(casts.rows, tuple(layers), _without_units(module for module, _ in plans))
+    emulated_on = _without_units(module for module, _ in plans)
+    return LayerReport(casts.rows, tuple(layers), emulated_on, _others(model))
 
 
 def revert(model: nn.Module) -> None:
@@ -334,6 +349,19 @@ def _without_units(modules: Iterable[nn.Linear]) -> str | None:
     for module in modules:
         if not has_units(module.weight.device):
             return module.weight.device.type
+def _others(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters of modules that are no linear layers, by class; shared ones once."""
+    seen = {id(linear.weight) for _, linear in _linears(model)}
+    numbers: dict[str, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(module, nn.Linear) and id(parameter) not in seen:
+                seen.add(id(parameter))
+                kind = type(module).__name__
+                numbers[kind] = numbers.get(kind, 0) + parameter.numel()
+    return numbers
+
+
     return None
 
 
