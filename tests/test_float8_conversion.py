@@ -93,6 +93,49 @@ def test_the_report_says_how_much_of_a_model_of_convolutions_runs_in_fp8() -> No
     )
 
 
+def test_a_layer_that_computes_more_than_its_product_stays() -> None:
+    model: Any = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32))
+    model[0].adapter = nn.Linear(32, 32)
+    model[1].forward = lambda x: 2 * x
+    report = convert(model, overrides={"0": "static"})
+    assert report.converted == ("0.adapter", "2")
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert reasons["0"] == "has a module of its own, 'adapter', which may use its weight"
+    assert reasons["1"] == "its forward was replaced, and that may compute anything"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is on its way out
+@pytest.mark.parametrize("of", ["trace", "trace in evaluation", "script"])
+def test_torch_jit_is_refused(of: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    convert(model)
+    x = torch.ones(16, 32).bfloat16()
+    with pytest.raises(
+        RuntimeError, match=r"torch.jit cannot hold a layer .*revert\(model\) first"
+    ):
+        if of == "script":
+            torch.jit.script(model)
+        else:
+            torch.jit.trace(model.eval() if "evaluation" in of else model, x)
+    Precision("fp8").revert(model)
+    traced: Any = torch.jit.trace(model, x)
+    assert traced(x).shape == (16, 32)
+
+
+def test_a_weight_that_somebody_else_quantized_is_refused() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model: Any = nn.Sequential(nn.Linear(32, 32))
+    convert(model)
+    before = model[0].weight
+    quantized = TwoTensor(before.detach(), before.detach())
+    with pytest.raises(TypeError, match=r"Float8Linear\(.*is a TwoTensor.*revert\(model\) first"):
+        model[0].weight = nn.Parameter(quantized)
+    assert model[0].weight is before
+    Precision("fp8").revert(model)
+    model[0].weight = nn.Parameter(quantized)
+
+
 def test_include_and_overrides_choose() -> None:
     assert convert(Model(), include=("up",)).converted == ("up",)
     assert convert(Model(), overrides={"up": "bf16"}).converted == ("down",)

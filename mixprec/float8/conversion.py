@@ -325,6 +325,10 @@ def _obstacle(module: nn.Linear, others: Mapping[int, str], params: Format) -> s
         return "its weight is computed, not a parameter"
     if _float8_class(kind) is None:
         return f"is a {kind.__name__}, which may have a forward of its own"
+    if "forward" in vars(module):
+        return "its forward was replaced, and that may compute anything"
+    if module._modules:
+        return f"has a module of its own, {next(iter(module._modules))!r}, which may use its weight"
     for size in ("in_features", "out_features"):
         if getattr(module, size) % ALIGNMENT:
             return f"{size}={getattr(module, size)} is no multiple of {ALIGNMENT}"
@@ -345,10 +349,6 @@ def _owners_that_are_no_linear(model: nn.Module) -> dict[int, str]:
     }
 
 
-def _without_units(modules: Iterable[nn.Linear]) -> str | None:
-    for module in modules:
-        if not has_units(module.weight.device):
-            return module.weight.device.type
 def _others(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters of modules that are no linear layers, by class; shared ones once."""
     seen = {id(linear.weight) for _, linear in _linears(model)}
@@ -362,6 +362,10 @@ def _others(model: nn.Module) -> dict[str, int]:
     return numbers
 
 
+def _without_units(modules: Iterable[nn.Linear]) -> str | None:
+    for module in modules:
+        if not has_units(module.weight.device):
+            return module.weight.device.type
     return None
 
 

@@ -18,9 +18,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixprec.devices import is_capturing
-from mixprec.float8.all_gather import ByteGather
+from mixprec.float8.all_gather import ByteGather, GatheredWeight
 from mixprec.float8.cast import Operand8
 from mixprec.float8.operand import Operand
 from mixprec.float8.products import scaled_product
@@ -49,9 +50,14 @@ class Float8Layer(nn.Linear):
         return self
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            _refuse_quantized(self, param)
         super().register_parameter(name, param)
         if name == "weight" and param is not None:
             self._float8.weight.put(param)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(_NOT_FOR_JIT)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -159,6 +165,8 @@ def _linear(
     weight_source: Tensor,
 ) -> Tensor:
     """`float8_linear` of plain tensors, by casts of the sources: the same values, no views."""
+    if torch.jit.is_tracing():
+        raise RuntimeError(_NOT_FOR_JIT)
     dtype = _dtype_of_output(input, weight)
     matrix = input.reshape(-1, input.shape[-1])
     held = [tensor for tensor in (input, weight, bias) if tensor is not None]
@@ -293,6 +301,26 @@ def _dtype_of_output(input: Tensor, weight: Tensor) -> torch.dtype:
             "or turn on torch.autocast"
         )
     return input.dtype
+
+
+_NOT_FOR_JIT = (
+    "torch.jit cannot hold a layer that runs in FP8: a trace would keep the scales and counters of "
+    "this call. Call Precision.revert(model) first, which gives the same parameters in 16 bits, or "
+    "use torch.compile."
+)
+
+
+def _refuse_quantized(layer: nn.Module, weight: Tensor | None) -> None:
+    """What puts a weight into a layer that is no plain tensor has a way of its own to multiply."""
+    if weight is None or is_dtensor(weight) or isinstance(weight, GatheredWeight):
+        return
+    if is_traceable_wrapper_subclass(weight):
+        kind = type(weight.data).__name__
+        raise TypeError(
+            f"the weight that was given to {layer} is a {kind}, which multiplies in its own way, "
+            "and this layer casts its weight to FP8 itself. To quantize the model otherwise, as "
+            "torchao.quantize_ does, call Precision.revert(model) first."
+        )
 
 
 def _leaf(param: Tensor | None) -> Tensor | None:
