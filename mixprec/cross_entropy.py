@@ -28,6 +28,7 @@ from mixprec.logit_chunks import default_chunk_size, losses_and_gradients
 from mixprec.loss_arguments import (
     check_options,
     check_shapes,
+    check_targets_options,
     dtype_of_logits,
     operand_dtype,
     refuse_transforms,
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     logits_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     num_tokens: int | None = None,
-    shift: bool = False,
+    shift: int = 0,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed cross entropy of `hidden @ weight.T + bias`, one chunk of logits at a time.
@@ -98,8 +99,9 @@ def linear_cross_entropy(
             between 512 and 8192. Changes memory, speed and rounding only.
         num_tokens: number of targets that are no padding, after the shift, where the caller knows
             it: then the host does not wait for the device to count. Checked.
-        shift: scores each hidden state against the next target along the last axis, and the last
-            one against padding; `token_weight` moves with the targets.
+        shift: scores each hidden state against the target that many places on along the last axis,
+            and the last ones against padding; `token_weight` moves with the targets. True is 1,
+            the next token.
         process_group: ranks that share the vocabulary: each gives its rows of the weight, in order
             of rank and equally many, with its part of `bias` and `class_weight`, and the same
             hidden states and targets (classes of the whole vocabulary). All get the same loss, and
@@ -145,13 +147,12 @@ def linear_cross_entropy(
     check_options(
         reduction, label_smoothing, logit_multiplier, softcap, z_loss, chunk_size, num_tokens
     )
+    check_targets_options(ignore_index, shift, targets)
     differentiable = (hidden, weight, bias)
     refuse_transforms(differentiable)
-    targets = targets.long()
-    if shift:
-        targets = F.pad(targets[..., 1:], (0, 1), value=ignore_index)
-        if token_weight is not None:
-            token_weight = F.pad(token_weight[..., 1:], (0, 1))
+    targets = _shifted(targets.long(), shift, ignore_index)
+    if token_weight is not None:
+        token_weight = _shifted(token_weight, shift, 0)
     grad_enabled = torch.is_grad_enabled()
     options = _Options(
         ignore_index,
@@ -178,6 +179,14 @@ def linear_cross_entropy(
         options,
     )
     return loss.reshape(targets.shape) if reduction == "none" else loss, count
+
+
+def _shifted(values: Tensor, places: int, padding: int) -> Tensor:
+    """`values[..., places:]`, and `padding` after them up to the same shape."""
+    if not places:
+        return values
+    later = values[..., places:]
+    return F.pad(later, (0, values.shape[-1] - later.shape[-1]), value=padding)
 
 
 class LinearCrossEntropy(nn.Module):

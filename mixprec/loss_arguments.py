@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 __all__ = [
     "check_options",
     "check_shapes",
+    "check_targets_options",
     "dtype_of_logits",
     "operand_dtype",
     "refuse_transforms",
@@ -114,36 +116,75 @@ def _check_factor(name: str, factor: Tensor | None, shape: torch.Size) -> None:
 
 def check_options(
     reduction: str,
-    label_smoothing: float,
-    logit_multiplier: float,
-    softcap: float | None,
-    z_loss: float,
+    label_smoothing: Any,
+    logit_multiplier: Any,
+    softcap: Any,
+    z_loss: Any,
     chunk_size: Any,
     num_tokens: Any,
 ) -> None:
-    """Refuse options out of range."""
+    """Refuse options of other types or out of range."""
     if reduction not in ("sum", "none"):
         raise ValueError(
             f"reduction is {reduction!r}; it must be 'sum' or 'none'. For a mean divide loss_sum "
             f"by the tokens of the whole step, once, as GradientAccumulator does."
         )
+    _check_number("label_smoothing", label_smoothing, "0.0 for none")
+    _check_number("logit_multiplier", logit_multiplier, "1.0 for none")
+    _check_number("z_loss", z_loss, "0.0 for none")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; it must be between 0 and 1")
     if not math.isfinite(logit_multiplier):
         raise ValueError(f"logit_multiplier is {logit_multiplier}; it must be finite")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap is {softcap}; it must be above 0, or None for no cap")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss is {z_loss}; it must be 0 or more")
-    if not isinstance(chunk_size, int) or chunk_size < 1:
+    if softcap is not None:
+        _check_number("softcap", softcap, "None for no cap")
+        if not 0 < softcap < math.inf:
+            raise ValueError(
+                f"softcap is {softcap}; it must be finite and above 0, or None for no cap"
+            )
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss is {z_loss}; it must be 0 or more, and finite")
+    if not _is_int(chunk_size) or chunk_size < 1:
         raise ValueError(
             f"chunk_size is {chunk_size!r}; it must be an int of at least 1, the tokens whose "
             f"logits are held at once, or None"
         )
-    if num_tokens is not None and (not isinstance(num_tokens, int) or num_tokens < 0):
+    if num_tokens is not None and (not _is_int(num_tokens) or num_tokens < 0):
         raise ValueError(
             f"num_tokens is {num_tokens!r}; it must be an int of at least 0 that the host knows "
             f"already (reading it from a tensor would wait for the device), or None"
+        )
+
+
+def check_targets_options(ignore_index: Any, shift: Any, targets: Tensor) -> None:
+    """Refuse what cannot be compared with targets or move them."""
+    if not _is_int(ignore_index):
+        raise TypeError(
+            f"ignore_index is {ignore_index!r}; it must be an int. If nothing is padding leave it "
+            f"out: -100 is no class."
+        )
+    if not isinstance(shift, int) or shift < 0:
+        raise ValueError(
+            f"shift is {shift!r}; it must be an int of at least 0, the places from a hidden state "
+            f"on to its target: True or 1 for the next token"
+        )
+    if shift and not targets.dim():
+        raise ValueError(
+            f"shift is {shift!r} but targets are a single number; they need a last axis to move "
+            f"along, [tokens] or [batch, time]"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_number(name: str, value: object, none: str) -> None:
+    """A tensor is refused: the host would wait for it, and it would get no gradient."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(
+            f"{name} is {value!r}; it must be a float that the host knows, {none}. A tensor would "
+            f"get no gradient here."
         )
 
 

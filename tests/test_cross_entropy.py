@@ -641,6 +641,48 @@ def test_shift_scores_the_next_token_as_slicing_would() -> None:
     )
 
 
+@pytest.mark.parametrize("shift", [0, 2, 5, 12, 20])
+def test_shift_scores_the_target_that_many_places_on(shift: int) -> None:
+    hidden, weight, targets = case(24)
+    hidden, targets = hidden.view(2, 12, 16), targets.view(2, 12)
+    weights = torch.rand(2, 12, generator=seeded(5), dtype=FP64)
+    losses, count = linear_cross_entropy(
+        hidden, weight, targets, shift=shift, token_weight=weights, reduction="none"
+    )
+    last = max(12 - shift, 0)
+    expected, expected_count = linear_cross_entropy(
+        hidden[:, :last],
+        weight,
+        targets[:, shift:],
+        token_weight=weights[:, shift:],
+        reduction="none",
+    )
+    assert losses.shape == (2, 12) and count == expected_count
+    torch.testing.assert_close(losses[:, :last], expected, rtol=1e-12, atol=0)
+    assert (losses[:, last:] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 5)])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("shift", [True, 3])
+def test_shift_of_no_tokens_gives_no_losses(
+    shape: tuple[int, ...], reduction: Any, shift: int
+) -> None:
+    hidden = torch.zeros(*shape, 16, requires_grad=True)
+    loss, count = linear_cross_entropy(
+        hidden,
+        torch.zeros(50, 16),
+        torch.zeros(shape, dtype=torch.long),
+        token_weight=torch.ones(shape),
+        shift=shift,
+        reduction=reduction,
+    )
+    assert loss.shape == (shape if reduction == "none" else ())
+    assert count == 0 and loss.sum() == 0
+    loss.sum().backward()
+    assert gradient_of(hidden).shape == hidden.shape
+
+
 def test_tied_embedding_gets_both_gradients_in_fp32() -> None:
     tokens = torch.randint(50, (24,), generator=seeded(6))
     weight = case(dtype=BF16)[1]
@@ -927,7 +969,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"label_smoothing": 1.5}, ValueError, r"label_smoothing is 1\.5; it must be between 0 and 1"),
     ({"logit_multiplier": math.inf}, ValueError, "logit_multiplier is inf; it must be finite"),
-    ({"softcap": 0.0}, ValueError, r"softcap is 0\.0; it must be above 0, or None"),
+    ({"softcap": 0.0}, ValueError, r"softcap is 0\.0; it must be finite and above 0, or None"),
     ({"z_loss": -1.0}, ValueError, r"z_loss is -1\.0; it must be 0 or more"),
     (
         {"class_weight": torch.ones(3)},
@@ -944,6 +986,32 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "token_weight requires a gradient and would get none; detach it, or multiply",
     ),
+    (
+        {"ignore_index": None},
+        TypeError,
+        r"ignore_index is None; it must be an int. If nothing is padding leave it out: -100",
+    ),
+    ({"ignore_index": -100.0}, TypeError, r"ignore_index is -100\.0; it must be an int"),
+    ({"ignore_index": True}, TypeError, r"ignore_index is True; it must be an int"),
+    ({"shift": -1}, ValueError, r"shift is -1; it must be an int of at least 0.*True or 1 for"),
+    ({"shift": 1.0}, ValueError, r"shift is 1\.0; it must be an int"),
+    ({"shift": None}, ValueError, r"shift is None; it must be an int"),
+    (
+        {"hidden": torch.zeros(2), "targets": torch.tensor(1), "shift": True},
+        ValueError,
+        r"shift is True but targets are a single number; they need a last axis",
+    ),
+    ({"softcap": math.inf}, ValueError, r"softcap is inf; it must be finite and above 0, or None"),
+    ({"softcap": "30"}, TypeError, r"softcap is '30'; it must be a float .*None for no cap"),
+    ({"z_loss": None}, TypeError, r"z_loss is None; it must be a float .*0\.0 for none"),
+    ({"z_loss": math.inf}, ValueError, r"z_loss is inf; it must be 0 or more, and finite"),
+    ({"label_smoothing": None}, TypeError, r"label_smoothing is None; it must be a float"),
+    (
+        {"logit_multiplier": torch.tensor(2.0, requires_grad=True)},
+        TypeError,
+        r"logit_multiplier is tensor\(2\..*it must be a float.*A tensor would get no gradient",
+    ),
+    ({"chunk_size": True}, ValueError, r"chunk_size is True; it must be an int of at least 1"),
     ({"num_tokens": 5}, ValueError, r"num_tokens is 5, but 6 targets are no padding"),
     ({"num_tokens": -1}, ValueError, "num_tokens is -1; it must be an int of at least 0"),
     (
