@@ -17,12 +17,13 @@ bits round by up to 0.4 %, the same way for each; `softmax - onehot` has -1 ther
 from __future__ import annotations
 
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function
+from typing_extensions import Unpack
 
 from mixprec.logit_chunks import default_chunk_size, losses_and_gradients
 from mixprec.loss_arguments import (
@@ -39,9 +40,69 @@ from mixprec.vocab_shards import VocabShard, local_shard
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["LinearCrossEntropy", "linear_cross_entropy"]
+__all__ = ["LinearCrossEntropy", "LossDetails", "linear_cross_entropy"]
 
 
+class LossDetails(NamedTuple):
+    """What else a pass over the logits knows of each target; for logs, so nothing has a gradient.
+
+    Of the logits that the loss saw, after multiplier, bias and softcap. A vocabulary spread over
+    ranks gives every rank the same. The accuracy is `correct.sum() / num_tokens`.
+    """
+
+    logsumexp: Tensor
+    """Of the logits, in nats; FP32 (FP64 for FP64), the shape of `targets`, 0 at padding."""
+    argmax: Tensor
+    """Class of the largest logit, the first of several; int64, like `targets`, -1 at padding."""
+    correct: Tensor
+    """Whether that is the target; bool, like `targets`, False at padding."""
+    z_loss: Tensor
+    """The part of the summed loss that is `z_loss * logsumexp ** 2`; 0-d."""
+    weight_sum: Tensor
+    """Of the targets that are no padding the sum of `class_weight` times `token_weight`; 0-d.
+
+    Divided by it a loss is the mean of `F.cross_entropy(..., weight=class_weight)`.
+    """
+
+
+class _Given(TypedDict, total=False):
+    """What `linear_cross_entropy` takes by name, for both of its signatures."""
+
+    bias: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    class_weight: Tensor | None
+    token_weight: Tensor | None
+    logit_multiplier: float
+    softcap: float | None
+    z_loss: float
+    reduction: Literal["sum", "none"]
+    recompute: bool
+    logits_dtype: torch.dtype | None
+    chunk_size: int | None
+    num_tokens: int | None
+    shift: int
+    process_group: ProcessGroup | None
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_details: Literal[False] = False,
+    **options: Unpack[_Given],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    return_details: Literal[True],
+    **options: Unpack[_Given],
+) -> tuple[Tensor, Tensor, LossDetails]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -62,7 +123,8 @@ def linear_cross_entropy(
     num_tokens: int | None = None,
     shift: int = 0,
     process_group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
+    return_details: bool = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, LossDetails]:
     """Summed cross entropy of `hidden @ weight.T + bias`, one chunk of logits at a time.
 
     Equal, up to rounding, to
@@ -82,7 +144,9 @@ def linear_cross_entropy(
         bias: `[vocab]`, of the dtype of `weight`.
         ignore_index: marks padding, which adds neither loss nor gradient and costs no product.
         label_smoothing: as in `F.cross_entropy`.
-        class_weight: `[vocab]`, as `weight` in `F.cross_entropy`. `num_tokens` stays a count.
+        class_weight: `[vocab]`, as `weight` in `F.cross_entropy`, for the sum. `num_tokens` stays a
+            count, where the mean of `F.cross_entropy` divides by the weights of the targets: their
+            sum is `weight_sum` of the details.
         token_weight: multiplies each token's loss; the shape of `targets`. Keep it near 1 and put
             common factors on the loss, where they multiply in FP32.
         logit_multiplier: logits become `logit_multiplier * hidden @ weight.T + bias`, for the
@@ -107,11 +171,12 @@ def linear_cross_entropy(
             hidden states and targets (classes of the whole vocabulary). All get the same loss, and
             the whole gradient of the hidden states, summed in FP32. A weight that is a DTensor
             sharded on dim 0 says it all by itself where `hidden` is a DTensor too.
+        return_details: adds `LossDetails` to what is returned, from the same pass.
 
     Returns:
         Loss in nats, FP32 (FP64 for FP64 input), 0-d or of the shape of `targets` with 0 at
         padding; and the number of targets that are no padding, 0-d int64. Both on the device of
-        `hidden`, both 0 if all is padding.
+        `hidden`, both 0 if all is padding. With `return_details` a `LossDetails` after them.
 
     Raises:
         ValueError: for shapes that disagree, targets out of range, options out of range, and a
@@ -168,8 +233,9 @@ def linear_cross_entropy(
         recompute or reduction == "none",
         [grad_enabled and t is not None and t.requires_grad for t in differentiable],
         shard,
+        return_details,
     )
-    loss, count = _LinearCrossEntropy.apply(
+    loss, count, *found = _LinearCrossEntropy.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         bias,
@@ -178,7 +244,26 @@ def linear_cross_entropy(
         None if token_weight is None else token_weight.reshape(-1),
         options,
     )
-    return loss.reshape(targets.shape) if reduction == "none" else loss, count
+    loss = loss.reshape(targets.shape) if reduction == "none" else loss
+    if not return_details:
+        return loss, count
+    return loss, count, _details(found, targets, ignore_index, z_loss, token_weight)
+
+
+def _details(
+    found: list[Tensor],
+    targets: Tensor,
+    ignore_index: int,
+    z_loss: float,
+    token_weight: Tensor | None,
+) -> LossDetails:
+    logsumexp, argmax = found[0].reshape(targets.shape), found[1].reshape(targets.shape)
+    squares = z_loss * logsumexp.square()
+    if token_weight is not None:
+        squares = squares * token_weight.to(squares.dtype)
+    correct = (argmax == targets) & (targets != ignore_index)
+    squares = squares.where(targets != ignore_index, 0.0)  # for infinite weights of padding
+    return LossDetails(logsumexp, argmax, correct, squares.sum(), found[2])
 
 
 def _shifted(values: Tensor, places: int, padding: int) -> Tensor:
@@ -229,8 +314,8 @@ class LinearCrossEntropy(nn.Module):
         signature(linear_cross_entropy).bind_partial(**options)  # raises for an unknown name
         self.options = options
 
-    def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        """Loss sum and token count; `options` override those of the constructor."""
+    def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> tuple[Any, ...]:
+        """Loss sum and token count (and details); `options` override those of the constructor."""
         options = {**self.options, **options}
         return linear_cross_entropy(hidden, self.weight, targets, bias=self.bias, **options)
 
@@ -258,6 +343,7 @@ class _Options(NamedTuple):
     needs: list[bool]
     """Which of hidden, weight and bias want a gradient."""
     shard: VocabShard
+    details: bool
 
 
 _Gradients = tuple[Tensor | None, ...]
@@ -276,14 +362,15 @@ class _LinearCrossEntropy(Function):
         class_weight: Tensor | None,
         token_weight: Tensor | None,
         options: _Options,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         inputs = hidden, weight, bias, targets, class_weight, token_weight
         needs = [need and not options.recompute for need in options.needs]
-        losses, count, *grads = _evaluate(inputs, options, needs)
+        losses, count, *rest = _evaluate(inputs, options, needs)
+        grads, details = rest[:3], rest[3:]
         ctx.save_for_backward(*(inputs if options.recompute else grads))
         ctx.options, ctx.used_up = options, False
-        ctx.mark_non_differentiable(count)
-        return losses if options.per_token else losses.sum(), count
+        ctx.mark_non_differentiable(count, *details)
+        return losses if options.per_token else losses.sum(), count, *details
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> _Gradients:
@@ -301,7 +388,7 @@ class _LinearCrossEntropy(Function):
                 token_weight = rows if token_weight is None else token_weight * rows
                 factor = unit
             inputs = hidden, weight, bias, targets, class_weight, token_weight
-            grads = _evaluate(inputs, options, options.needs)[2:]
+            grads = _evaluate(inputs, options._replace(details=False), options.needs)[2:5]
         else:
             grads = ctx.saved_tensors
         # Gradients are those by the products, which the bias is added to after the multiplier.
@@ -315,7 +402,9 @@ def _evaluate(
 ) -> tuple[Tensor, ...]:
     """Losses, count, gradients. Casts in here, so that none of them is differentiated."""
     operands = (None if t is None else t.to(options.dtype) for t in inputs[:3])
-    return losses_and_gradients(*operands, *inputs[3:], *options[:8], needs, *options.shard)
+    return losses_and_gradients(
+        *operands, *inputs[3:], *options[:8], needs, *options.shard, options.details
+    )
 
 
 _BLOCK = 2**20  # elements widened at once

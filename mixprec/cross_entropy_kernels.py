@@ -78,10 +78,15 @@ def _row_sums(
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EXACT: tl.constexpr,
+    ARGMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Largest logit, sum of exponentials below it, sum of weighted logits (if smoothing)."""
+    """Largest logit, sum of exponentials below it, sum of weighted logits (if smoothing).
+
+    Then the first class of the largest logit (if ARGMAX).
+    """
     top = -float("inf")
+    best = 0
     total = 0.0
     weighted = 0.0
     for start in range(0, vocab, BLOCK):
@@ -101,6 +106,9 @@ def _row_sums(
             "evict_last",
         )
         higher = tl.maximum(top, tl.max(z, axis=0))
+        if ARGMAX:
+            first = tl.min(tl.where(z == higher, offsets, 2147483647), axis=0)
+            best = tl.where(higher > top, first, best)
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # all barred so far: no NaN of it
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(z - shift), axis=0)
         top = higher
@@ -110,7 +118,7 @@ def _row_sums(
                 weighted += tl.sum(tl.where(inside, w * z, 0.0), axis=0)
             else:
                 weighted += tl.sum(tl.where(inside, z, 0.0), axis=0)
-    return top, total, weighted
+    return top, total, weighted, best
 
 
 @triton.jit
@@ -193,6 +201,7 @@ def _loss_and_gradient_kernel(
     losses,
     lses,
     remainders,
+    argmaxes,
     logits_stride,
     gradient_stride,
     vocab,
@@ -204,6 +213,7 @@ def _loss_and_gradient_kernel(
     SOFTCAP: tl.constexpr,
     Z_LOSS: tl.constexpr,
     EXACT: tl.constexpr,
+    ARGMAX: tl.constexpr,
     GRADIENT: tl.constexpr,
     NARROWER: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -218,7 +228,7 @@ def _loss_and_gradient_kernel(
     picked = _load_logits(
         logits, bias, target, vocab, padded, target, target_logit, softcap, SOFTCAP, EXACT, ""
     )
-    top, total, weighted = _row_sums(
+    top, total, weighted, best = _row_sums(
         logits,
         bias,
         class_weight,
@@ -230,6 +240,7 @@ def _loss_and_gradient_kernel(
         SOFTCAP,
         SMOOTHING,
         EXACT,
+        ARGMAX,
         BLOCK,
     )
     log_total = tl.log(total)
@@ -265,6 +276,8 @@ def _loss_and_gradient_kernel(
         spread *= factor
     tl.store(losses + row, loss)
     tl.store(lses + row, lse)
+    if ARGMAX:
+        tl.store(argmaxes + row, best)
 
     if GRADIENT:
         share = tl.div_rn(mass, total)
@@ -305,11 +318,12 @@ def loss_and_gradient_(
     label_smoothing: float,
     softcap: float | None,
     z_loss: float,
+    argmaxes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, log-sum-exps and remainders `[tokens]`, FP32; `gradient`, which may share memory.
 
     All factors are FP32; `target_logits` stand in for rounded ones. `gradient` None computes losses
-    alone, and leaves remainders undefined.
+    alone, and leaves remainders undefined. `argmaxes`, int64, are written where they are given.
     """
     tokens, vocab = logits.shape
     losses, lses, remainders = logits.new_empty(3, tokens, dtype=torch.float32).unbind()
@@ -327,6 +341,7 @@ def loss_and_gradient_(
         losses,
         lses,
         remainders,
+        argmaxes,
         logits.stride(0),
         out.stride(0),
         vocab,
@@ -338,6 +353,7 @@ def loss_and_gradient_(
         SOFTCAP=softcap is not None,
         Z_LOSS=z_loss != 0,
         EXACT=target_logits is not None,
+        ARGMAX=argmaxes is not None,
         GRADIENT=gradient is not None,
         NARROWER=out.element_size() < logits.element_size(),
     )
@@ -352,6 +368,7 @@ def _sums_kernel(
     targets,
     target_logits,
     results,
+    argmaxes,
     logits_stride,
     results_stride,
     vocab,
@@ -360,6 +377,7 @@ def _sums_kernel(
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     EXACT: tl.constexpr,
+    ARGMAX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -367,7 +385,7 @@ def _sums_kernel(
     target_logit = 0.0
     if EXACT:
         target_logit = tl.load(target_logits + row)
-    top, total, weighted = _row_sums(
+    top, total, weighted, best = _row_sums(
         logits,
         bias,
         class_weight,
@@ -379,11 +397,14 @@ def _sums_kernel(
         SOFTCAP,
         SMOOTHING,
         EXACT,
+        ARGMAX,
         BLOCK,
     )
     tl.store(results + row, top)
     tl.store(results + results_stride + row, total)
     tl.store(results + 2 * results_stride + row, weighted)
+    if ARGMAX:
+        tl.store(argmaxes + row, best)
 
 
 def sums(
@@ -394,10 +415,12 @@ def sums(
     class_weight: Tensor | None,
     label_smoothing: float,
     softcap: float | None,
+    argmaxes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each row: the largest logit, the sum of `exp(z - largest)`, and that of `w z`, FP32.
 
-    The last is 0 without label smoothing, which alone needs it.
+    The last is 0 without label smoothing, which alone needs it. `argmaxes`, int64, are written
+    where they are given: columns of this shard.
     """
     tokens, vocab = logits.shape
     results = logits.new_empty(3, tokens, dtype=torch.float32)
@@ -409,6 +432,7 @@ def sums(
         targets,
         target_logits,
         results,
+        argmaxes,
         logits.stride(0),
         tokens,
         vocab,
@@ -417,6 +441,7 @@ def sums(
         SOFTCAP=softcap is not None,
         SMOOTHING=label_smoothing != 0,
         EXACT=target_logits is not None,
+        ARGMAX=argmaxes is not None,
     )
     top, total, weighted = results.unbind()
     return top, total, weighted

@@ -70,14 +70,17 @@ def _losses_and_gradients(
     first_class: int,
     num_classes: int,
     even_shards: bool,
+    details: bool,
 ) -> tuple[Tensor, ...]:
     """Losses `[tokens]` and their count; gradients of their sum by hidden, weight and bias.
 
     Those by hidden and weight are left without the factor `logit_multiplier`, which comes last.
     Padding has loss 0 and gradient 0 and is multiplied by nothing. Gradients by weight and bias are
-    FP32 (FP64 for FP64), those that `needs` does not ask for are empty.
+    FP32 (FP64 for FP64), those that `needs` does not ask for are empty. Then, for `details`,
+    log-sum-exps and argmaxes `[tokens]`, 0 and -1 at padding, and the sum of the tokens' weights.
 
-    The last four arguments are a `VocabShard`; then the gradient by hidden is that of all shards.
+    `group_name` and the three after it are a `VocabShard`; with one the gradient by hidden is that
+    of all shards.
     """
     shard = VocabShard(group_name, first_class, num_classes, even_shards)
     padding = targets == ignore_index
@@ -97,6 +100,8 @@ def _losses_and_gradients(
     target_logits = _target_logits(hidden, matrix, labels, logits_dtype)
     if target_logits is not None:
         target_logits *= logit_multiplier
+    lses = torch.zeros_like(losses) if details else losses.new_empty(0)
+    argmaxes = torch.full_like(targets, -1) if details else targets.new_empty(0)
     grads = _empty_gradients(hidden, weight, needs)
     _zero_what_no_product_writes(grads, kept, targets)
     slab = None
@@ -115,15 +120,39 @@ def _losses_and_gradients(
                 None if token_weight is None else token_weight[rows],
                 target_logits=None if target_logits is None else target_logits[rows],
                 rounded_to=hidden.dtype if any(needs) else None,
+                argmax=details,
                 shard=shard,
             )
             losses[rows] = done.losses
+            if done.argmaxes is not None:
+                lses[rows], argmaxes[rows] = done.log_sum_exps, done.argmaxes
             if done.remainders is not None:
                 remainders[rows] = done.remainders
                 _add_gradients_(grads, needs, rows, classes, done, states, matrix, first, shard)
         if hidden.dtype.itemsize == 2:
             _add_remainders_(grads, needs, labels, remainders, hidden)
-    return losses, count, *grads
+    weight_sum = losses.new_empty(())
+    if details:
+        weight_sum = _weight_sum(labels, padding, class_weight, token_weight, losses, shard)
+    return losses, count, *grads, lses, argmaxes, weight_sum
+
+
+def _weight_sum(
+    labels: Tensor,
+    padding: Tensor,
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
+    losses: Tensor,
+    shard: VocabShard,
+) -> Tensor:
+    """Sum of `class_weight[target] * token_weight` over targets that are no padding."""
+    weights = torch.ones_like(losses) if token_weight is None else token_weight
+    weights = weights.where(~padding, 0.0)
+    if class_weight is None:
+        return weights.sum()
+    here = labels >= 0
+    own = class_weight[labels.clamp(min=0)] if len(class_weight) else weights
+    return shard.reduce_((own * weights).where(here, 0.0).sum(), "sum")
 
 
 def _zero_what_no_product_writes(grads: tuple[Tensor, ...], kept: Tensor, targets: Tensor) -> None:
@@ -322,8 +351,8 @@ losses_and_gradients = torch.library.custom_op(
         "Tensor? token_weight, SymInt ignore_index, float label_smoothing, "
         "float logit_multiplier, float? softcap, float z_loss, ScalarType logits_dtype, "
         "SymInt chunk_size, SymInt? num_tokens, "
-        "bool[] needs, str? group_name, SymInt first_class, SymInt num_classes, bool even_shards) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "bool[] needs, str? group_name, SymInt first_class, SymInt num_classes, bool even_shards, "
+        "bool details) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 
@@ -349,10 +378,20 @@ def _(
     first_class: int,
     num_classes: int,
     even_shards: bool,
+    details: bool,
 ) -> tuple[Tensor, ...]:
     dtype = wide(hidden.dtype)
     losses = hidden.new_empty(targets.shape, dtype=dtype)
-    return losses, targets.new_empty(()), *_empty_gradients(hidden, weight, needs)
+    found = (
+        (torch.empty_like(losses), torch.empty_like(targets))
+        if details
+        else (
+            losses.new_empty(0),
+            targets.new_empty(0),
+        )
+    )
+    grads = _empty_gradients(hidden, weight, needs)
+    return losses, targets.new_empty(()), *grads, *found, losses.new_empty(())
 
 
 def _empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, ...]:

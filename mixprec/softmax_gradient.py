@@ -53,6 +53,8 @@ class Rows(NamedTuple):
     """`[tokens, vocab]`, in the memory of the logits where that can be."""
     remainders: Tensor | None
     """What rounding took from the gradient at the target of each row."""
+    argmaxes: Tensor | None = None
+    """Class of the largest logit, int64; the first of several."""
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
@@ -68,6 +70,7 @@ def softmax_gradient_(
     *,
     target_logits: Tensor | None = None,
     rounded_to: torch.dtype | None = None,
+    argmax: bool = False,
     shard: VocabShard | None = None,
 ) -> Rows:
     """Losses of `logits`, whose memory becomes the gradient of their sum.
@@ -81,6 +84,7 @@ def softmax_gradient_(
             were rounded.
         rounded_to: dtype of the gradient; on a CPU, which multiplies it in FP32, only its values
             are rounded. None computes no gradient, and leaves `logits` with no meaning.
+        argmax: whether to find the class of the largest logit, after bias and softcap.
         shard: what part of the vocabulary this is; by default all of it.
 
     >>> import torch
@@ -90,7 +94,7 @@ def softmax_gradient_(
     tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
     shard = VocabShard(None, 0, logits.shape[1]) if shard is None else shard
-    arguments = logits, targets, terms, token_weight, target_logits, rounded_to
+    arguments = logits, targets, terms, token_weight, target_logits, rounded_to, argmax
     if not has_kernel(logits.device, logits.dtype):
         return _in_plain_torch(*arguments, shard)
     return _by_kernel(*arguments) if shard.whole else _by_kernels_of_a_shard(*arguments, shard)
@@ -108,14 +112,16 @@ def _by_kernel(
     token_weight: Tensor | None,
     target_logits: Tensor | None,
     rounded_to: torch.dtype | None,
+    argmax: bool,
 ) -> Rows:
     from mixprec import cross_entropy_kernels as kernels
 
     gradient = None if rounded_to is None else front_of_rows(logits, rounded_to)
+    argmaxes = torch.empty_like(targets) if argmax else None
     losses, lse, remainders = kernels.loss_and_gradient_(
-        logits, gradient, targets, target_logits, token_weight, *terms
+        logits, gradient, targets, target_logits, token_weight, *terms, argmaxes
     )
-    return Rows(losses, lse, gradient, None if gradient is None else remainders)
+    return Rows(losses, lse, gradient, None if gradient is None else remainders, argmaxes)
 
 
 def _by_kernels_of_a_shard(
@@ -125,6 +131,7 @@ def _by_kernels_of_a_shard(
     token_weight: Tensor | None,
     target_logits: Tensor | None,
     rounded_to: torch.dtype | None,
+    argmax: bool,
     shard: VocabShard,
 ) -> Rows:
     from mixprec import cross_entropy_kernels as kernels
@@ -138,14 +145,16 @@ def _by_kernels_of_a_shard(
     if bias is not None:
         picked += bias[column]
     slope = _cap_(picked, softcap)
+    best = torch.empty_like(targets) if argmax else None
     top, total, weighted = kernels.sums(
-        logits, targets, target_logits, bias, class_weight, label_smoothing, softcap
+        logits, targets, target_logits, bias, class_weight, label_smoothing, softcap, best
     )
     highest = shard.reduce_(top.clone(), "max")
+    argmaxes = _first_class(best, top, highest, shard)
     total *= (top - highest).exp()
     row = _row_of(highest, total, picked, weighted, targets, terms, token_weight, shard)
     if rounded_to is None:
-        return Rows(row.losses, row.lse, None, None)
+        return Rows(row.losses, row.lse, None, None, argmaxes)
     share = row.mass / row.total
     at_target = share * (picked - highest).exp() - row.hit
     at_target -= row.spread * (1.0 if class_weight is None else class_weight[column])
@@ -166,7 +175,7 @@ def _by_kernels_of_a_shard(
         label_smoothing != 0,
     )
     remainders = at_target - at_target.to(rounded_to)
-    return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0))
+    return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0), argmaxes)
 
 
 def _in_plain_torch(
@@ -176,6 +185,7 @@ def _in_plain_torch(
     token_weight: Tensor | None,
     target_logits: Tensor | None,
     rounded_to: torch.dtype | None,
+    argmax: bool,
     shard: VocabShard,
 ) -> Rows:
     bias, class_weight, label_smoothing, softcap, _ = terms
@@ -190,11 +200,13 @@ def _in_plain_torch(
     weighted = torch.zeros_like(picked)
     if label_smoothing:
         weighted = logits.sum(1) if class_weight is None else logits @ class_weight
-    top = shard.reduce_(logits.amax(1), "max")
+    here_top, best = logits.max(1) if argmax else (logits.amax(1), None)
+    top = shard.reduce_(here_top.clone(), "max")
+    argmaxes = _first_class(best, here_top, top, shard)
     total = logits.sub_(top[:, None]).exp_().sum(1)
     row = _row_of(top, total, picked, weighted, targets, terms, token_weight, shard)
     if rounded_to is None:
-        return Rows(row.losses, row.lse, None, None)
+        return Rows(row.losses, row.lse, None, None, argmaxes)
 
     logits.mul_((row.mass / row.total)[:, None])
     if label_smoothing:
@@ -207,7 +219,17 @@ def _in_plain_torch(
     rounded = logits.to(rounded_to)
     gradient = logits.copy_(rounded) if logits.device.type == "cpu" else rounded
     remainders = at_target - gradient.gather(1, column).squeeze(1)
-    return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0))
+    return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0), argmaxes)
+
+
+def _first_class(
+    best: Tensor | None, top: Tensor, highest: Tensor, shard: VocabShard
+) -> Tensor | None:
+    """The first class of all shards whose logit is the highest; `best` are columns of this one."""
+    if best is None or shard.whole:
+        return best
+    candidates = (best + shard.start).masked_fill(top < highest, shard.vocab)
+    return -shard.reduce_(-candidates, "max")
 
 
 def _cap_(logits: Tensor, softcap: float | None) -> Tensor | None:

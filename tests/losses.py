@@ -48,25 +48,35 @@ def trained_model(learnt: float, device: str = "cpu", width: int = 64) -> list[T
     return [*leaves, targets.to(device)]
 
 
+def full_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_multiplier: float = 1.0,
+    softcap: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """What the loss is of, as a whole."""
+    logits = F.linear(hidden, weight) * logit_multiplier
+    if bias is not None:
+        logits = logits + bias
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def reference(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
-    bias: Tensor | None = None,
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     token_weight: Tensor | None = None,
-    logit_multiplier: float = 1.0,
-    softcap: float | None = None,
     z_loss: float = 0.0,
+    **options: Any,
 ) -> Tensor:
     """The loss of each token from full logits, in the dtype of the inputs."""
-    logits = F.linear(hidden, weight) * logit_multiplier
-    if bias is not None:
-        logits = logits + bias
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    logits = full_logits(hidden, weight, **options)
     losses = F.cross_entropy(
         logits, targets, weight=class_weight, label_smoothing=label_smoothing, reduction="none"
     )

@@ -22,6 +22,7 @@ from losses import (
     filled,
     fp32_gradients,
     fp64_twins,
+    full_logits,
     gradient_of,
     reference,
     seeded,
@@ -140,6 +141,109 @@ def test_samples_of_torch_agree_with_its_reference() -> None:
         )
         tried += 1
     assert tried >= 20
+
+
+# ------------------------------------------------------------------ details
+
+
+@pytest.mark.parametrize("chunk_size", [7, None])
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"recompute": True}, {"reduction": "none"}, {"shift": 1}],
+    ids=["forward", "recompute", "none", "shift"],
+)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_details_are_those_of_full_logits(
+    name: str, how: dict[str, Any], chunk_size: int | None
+) -> None:
+    hidden, weight, targets = case()
+    options = filled(OPTIONS[name], 37, 50, FP64)
+    plain = linear_cross_entropy(hidden, weight, targets, chunk_size=chunk_size, **options, **how)
+    *found, details = linear_cross_entropy(
+        hidden, weight, targets, chunk_size=chunk_size, return_details=True, **options, **how
+    )
+    assert_same(tuple(found), plain)
+    leaves = [hidden, weight]
+    assert_same(
+        torch.autograd.grad(found[0].sum(), leaves), torch.autograd.grad(plain[0].sum(), leaves)
+    )
+    token_weight = options.get("token_weight", torch.ones(37, dtype=FP64))
+    if "shift" in how:
+        targets = F.pad(targets[1:], (0, 1), value=PADDING)
+        token_weight = F.pad(token_weight[1:], (0, 1))
+    kept = targets != PADDING
+    logits = full_logits(hidden, weight, **options).detach()
+    lse = logits.logsumexp(1).where(kept, 0.0)
+    argmax = logits.argmax(1).where(kept, -1)
+    torch.testing.assert_close(details.logsumexp, lse, rtol=1e-12, atol=1e-12)
+    assert_same(details.argmax, argmax)
+    assert_same(details.correct, (argmax == targets) & kept)
+    squares = options.get("z_loss", 0.0) * lse.square() * token_weight
+    torch.testing.assert_close(details.z_loss, squares.sum(), rtol=1e-12, atol=0)
+    class_weight = options.get("class_weight", torch.ones(50, dtype=FP64))
+    weights = (class_weight[targets.clamp(min=0)] * token_weight)[kept]
+    torch.testing.assert_close(details.weight_sum, weights.sum(), rtol=1e-12, atol=0)
+    assert not any(detail.requires_grad for detail in details)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_weight_sum_makes_the_mean_of_torch(label_smoothing: float) -> None:
+    hidden, weight, targets = case()
+    classes = torch.rand(50, generator=seeded(3), dtype=FP64) + 0.1
+    loss_sum, num_tokens, details = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        class_weight=classes,
+        label_smoothing=label_smoothing,
+        return_details=True,
+    )
+    expected = F.cross_entropy(
+        hidden @ weight.T, targets, weight=classes, label_smoothing=label_smoothing
+    )
+    torch.testing.assert_close(loss_sum / details.weight_sum, expected, rtol=1e-12, atol=0)
+    assert abs(loss_sum / num_tokens / expected - 1) > 0.1  # that is another mean
+
+
+def test_details_have_the_shape_of_targets_and_know_nothing_of_padding() -> None:
+    hidden, weight, targets = case(24)
+    weights = torch.ones(24, dtype=FP64).masked_fill(targets == PADDING, torch.inf)
+    _, count, flat = linear_cross_entropy(
+        hidden, weight, targets, token_weight=weights, z_loss=0.1, return_details=True
+    )
+    assert count < 24 and flat.z_loss.isfinite() and flat.weight_sum == count
+    nested = linear_cross_entropy(
+        hidden.view(2, 12, 16), weight, targets.view(2, 12), z_loss=0.1, return_details=True
+    )[2]
+    for one, other in zip(nested[:3], flat[:3], strict=True):
+        assert one.shape == (2, 12)
+        assert_same(one.flatten(), other)
+    assert_same(nested[3:], flat[3:])
+    # A target of -1 as padding is no prediction of class -1.
+    padded = targets.where(targets != PADDING, -1)
+    options: dict[str, Any] = {"ignore_index": -1, "return_details": True}
+    assert_same(linear_cross_entropy(hidden, weight, padded, **options)[2].correct, flat.correct)
+    for tokens in (0, 5):
+        hidden, weight, targets = case(tokens)
+        targets.fill_(PADDING)
+        found = linear_cross_entropy(hidden, weight, targets, return_details=True)[2]
+        assert found.argmax.tolist() == [-1] * tokens and not found.correct.any()
+        assert found.logsumexp.tolist() == [0.0] * tokens
+        assert found.z_loss == 0 and found.weight_sum == 0
+
+
+def test_argmax_is_the_first_of_equal_logits_and_that_of_the_exact_target_in_16_bits() -> None:
+    hidden, weight, targets = torch.zeros(3, 2), torch.zeros(9, 2), torch.tensor([0, 3, 8])
+    details = linear_cross_entropy(hidden, weight, targets, return_details=True)[2]
+    assert details.argmax.tolist() == [0, 0, 0]
+    assert details.correct.tolist() == [True, False, False]
+    # 20 and 20.015625 are one number in BF16; the target's own is kept apart.
+    hidden = torch.tensor([[1.0, 0.015625]], dtype=BF16)
+    weight = torch.tensor([[20.0, 0.0], [20.0, 1.0]], dtype=BF16)
+    details = linear_cross_entropy(
+        hidden, weight, torch.tensor([1]), logits_dtype=BF16, return_details=True
+    )[2]
+    assert details.correct.item()
 
 
 # ------------------------------------------------------------------ 16 bits against FP64
@@ -747,6 +851,15 @@ def test_compiled_model_has_no_graph_break_and_the_same_gradients(options: dict[
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
+def test_compiled_model_gives_the_same_details() -> None:
+    hidden, weight, targets = case(dtype=BF16)
+    expected = linear_cross_entropy(hidden, weight, targets, z_loss=0.1, return_details=True)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(hidden, weight, targets, z_loss=0.1, return_details=True), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler, of torch itself
 def test_compiled_model_rounds_a_weight_gradient_once() -> None:
     """Into the dtype of the weight, whatever its `grad_dtype`: that is the compiler's."""
     hidden, weight, targets = case(dtype=BF16)
@@ -764,9 +877,9 @@ def test_operator_is_declared_as_it_behaves() -> None:
     hidden, weight, targets = (t.detach() for t in case(dtype=BF16))
     operator = torch.ops.mixprec.linear_cross_entropy.default
     options = (PADDING, 0.1, 0.3, 2.0, 0.1, FP32, 8, None)
-    for needs in ([True, True, False], [False, False, False]):
+    for needs, details in (([True, True, False], False), ([False, False, False], True)):
         arguments = hidden, weight, None, targets, None, None, *options, needs, None, 0, 50, True
-        torch.library.opcheck(operator, arguments)
+        torch.library.opcheck(operator, (*arguments, details))
 
 
 @pytest.mark.parametrize("how", [{}, {"recompute": True}])

@@ -78,7 +78,7 @@ def in_fp64(
     wide = terms._replace(bias=bias, class_weight=class_weight)
     weight = None if token_weight is None else token_weight.double()
     exact = logits.double()  # has no kernel
-    rows = softmax_gradient_(exact, targets, wide, weight, rounded_to=FP64)
+    rows = softmax_gradient_(exact, targets, wide, weight, rounded_to=FP64, argmax=True)
     return rows, exact
 
 
@@ -223,6 +223,42 @@ def test_a_class_barred_by_minus_infinity_gets_nothing_even_a_whole_block_of_the
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize(("logits_dtype", "vocab"), [(BF16, 9001), (FP32, 50), (FP16, 1)])
+def test_argmax_is_the_first_of_the_largest_logits(
+    logits_dtype: torch.dtype, vocab: int, gradient: bool
+) -> None:
+    from mixprec.cross_entropy_kernels import loss_and_gradient_, sums
+
+    logits, targets = case(5, vocab, logits_dtype)
+    logits[0, [vocab // 3, vocab // 2, vocab - 1]] = 50.0  # in the first block and a later one
+    logits[1, vocab - 1] = 50.0
+    logits[2, [0, vocab // 2]] = 50.0
+    logits[3, :-1] = -torch.inf
+    logits[3, -1] = -1000.0
+    logits[4] = 0.0
+    exact = logits.double().argmax(1)
+    found, of_shard = torch.empty_like(targets), torch.empty_like(targets)
+    sums(logits, targets, None, None, None, 0.0, None, of_shard)
+    out = logits if gradient else None
+    loss_and_gradient_(logits, out, targets, None, None, *LossTerms(), found)
+    assert found.tolist() == exact.tolist()
+    assert of_shard.tolist() == exact.tolist()
+
+
+def test_argmax_takes_the_exact_logit_of_the_target_and_the_bias() -> None:
+    from mixprec.cross_entropy_kernels import loss_and_gradient_
+
+    logits, targets = case(2, 9001, BF16)
+    targets[:] = 8000
+    bias = torch.zeros(9001, device=DEVICE)
+    bias[123] = 100.0
+    given = torch.tensor([50.0, 200.0], device=DEVICE)
+    found = torch.empty_like(targets)
+    loss_and_gradient_(logits, None, targets, given, None, *LossTerms(bias), found)
+    assert found.tolist() == [123, 8000]
+
+
 def test_nan_in_a_logit_reaches_the_loss() -> None:
     logits, targets = case(2, 9000, BF16)
     logits[1, 8500] = torch.nan
@@ -240,9 +276,12 @@ def test_a_shard_that_holds_every_class_is_the_whole(
     terms, token_weight = filled(name, 3, vocab)
     rows, exact = in_fp64(logits, targets, terms, token_weight)
     found = _by_kernels_of_a_shard(
-        logits, targets, terms, token_weight, None, dtype, VocabShard(None, 0, vocab)
+        logits, targets, terms, token_weight, None, dtype, True, VocabShard(None, 0, vocab)
     )
     assert found.gradient is not None and found.remainders is not None
+    assert found.argmaxes is not None and rows.argmaxes is not None
+    if terms.softcap is None:  # it makes equals of the largest logits, as each rounds it
+        assert found.argmaxes.tolist() == rows.argmaxes.tolist()
     close(found.losses, rows.losses, rtol=4e-6, atol=4e-6, what="losses")
     spacing = torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
     close(found.gradient, exact, rtol=spacing + 1e-5, atol=3e-6, what="gradient")

@@ -36,7 +36,9 @@ def check_options(rank: int) -> None:
         for how in hows:
             hidden, weight, targets = case()
             whole = filled(options, 37, 50, FP64)
-            loss, count = linear_cross_entropy(hidden, weight, targets, **whole, **how)
+            loss, count, details = linear_cross_entropy(
+                hidden, weight, targets, return_details=True, **whole, **how
+            )
             root = torch.randn(loss.shape, generator=torch.Generator().manual_seed(2), dtype=FP64)
             leaves = [hidden, weight] + ([whole["bias"]] if "bias" in whole else [])
             expected = list(torch.autograd.grad(loss, leaves, root))
@@ -48,11 +50,19 @@ def check_options(rank: int) -> None:
             }
             mine = [hidden.detach().requires_grad_(), shard_of(weight, rank)]
             mine += [part["bias"]] if "bias" in part else []
-            found, same = linear_cross_entropy(
-                mine[0], mine[1], targets, process_group=group(), chunk_size=10, **part, **how
+            found, same, same_details = linear_cross_entropy(
+                mine[0],
+                mine[1],
+                targets,
+                process_group=group(),
+                chunk_size=10,
+                return_details=True,
+                **part,
+                **how,
             )
             grads = torch.autograd.grad(found, mine, root)
             torch.testing.assert_close((found, same), (loss, count), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(same_details, details, rtol=1e-12, atol=1e-12)
             torch.testing.assert_close(grads, tuple(expected), rtol=1e-11, atol=1e-12, msg=name)
 
 
@@ -89,6 +99,17 @@ def check_compiled(rank: int) -> None:
         assert torch.equal(ours, right)
 
 
+def check_ties(rank: int) -> None:
+    """The first of equal logits is that of the first rank that has one."""
+    hidden, targets = torch.ones(3, 1), torch.tensor([1, 3, 6])
+    mine = torch.tensor([[0.0], [2.0], [0.0], [2.0]] if rank == 0 else [[1.0], [2.0], [2.0], [0.0]])
+    details = linear_cross_entropy(
+        hidden, mine, targets, process_group=group(), return_details=True
+    )[2]
+    assert details.argmax.tolist() == [1, 1, 1]
+    assert details.correct.tolist() == [True, False, False]
+
+
 def check_refusals(rank: int) -> None:
     hidden, weight, targets = case(padding=0.0)
     mine = shard_of(weight, rank).detach()
@@ -108,7 +129,7 @@ def check_refusals(rank: int) -> None:
 
 
 def test_shards_give_what_the_whole_gives_and_ranks_that_disagree_are_refused() -> None:
-    on_ranks(check_options, check_bf16, check_compiled, check_refusals)
+    on_ranks(check_options, check_bf16, check_compiled, check_ties, check_refusals)
 
 
 def check_dtensor(rank: int) -> None:

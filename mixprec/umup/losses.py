@@ -60,7 +60,7 @@ def linear_cross_entropy(
     multiplier: float = 1.0,
     label_smoothing: float = 0.0,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Any, ...]:
     """Cross entropy of a `LinearReadout`, without its logits: their sum, and how many targets.
 
     Equal to `cross_entropy(linear_readout(hidden, weight, bias), targets)`, with the gradients of
@@ -88,7 +88,7 @@ def linear_cross_entropy(
     hidden = scale_bwd(hidden, vocab**-0.5)
     if bias is not None:
         bias = scale_bwd(scale_fwd(bias, multiplier), forward)
-    loss, num_tokens = _linear_cross_entropy(
+    loss, *counted = _linear_cross_entropy(
         hidden,
         weight,
         targets,
@@ -97,7 +97,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         **options,
     )
-    return scale_bwd(loss, per_weight), num_tokens
+    return scale_bwd(loss, per_weight), *counted
 
 
 def cross_entropy(
