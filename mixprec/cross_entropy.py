@@ -34,6 +34,7 @@ from mixprec.loss_arguments import (
     operand_dtype,
     refuse_transforms,
 )
+from mixprec.output_layer import weight_and_bias
 from mixprec.softmax_gradient import has_kernel
 from mixprec.vocab_shards import VocabShard, local_shard
 
@@ -88,7 +89,7 @@ class _Given(TypedDict, total=False):
 @overload
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     targets: Tensor,
     *,
     return_details: Literal[False] = False,
@@ -97,7 +98,7 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     targets: Tensor,
     *,
     return_details: Literal[True],
@@ -105,7 +106,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, LossDetails]: ...
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | nn.Module,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -138,7 +139,9 @@ def linear_cross_entropy(
             `[batch, time, width]`; FP32, BF16, FP16 or FP64.
         weight: output embedding, `[vocab, width]`, of the dtype of `hidden`; hand over the
             parameter itself, because a view of it rounds its gradient. Under autocast both are
-            cast, and the gradient of an FP32 weight is not rounded.
+            cast, and the gradient of an FP32 weight is not rounded. Or the output layer itself, an
+            `nn.Linear`: its weight, parametrised or not, and its bias are used, and a layer that
+            does more (an adapter, FP8, hooks) is refused.
         targets: class of each token, integers in `[0, vocab)` or `ignore_index`, with the leading
             axes of `hidden`.
         bias: `[vocab]`, of the dtype of `weight`.
@@ -182,7 +185,8 @@ def linear_cross_entropy(
         ValueError: for shapes that disagree, targets out of range, options out of range, and a
             weight sharded over ranks of which nothing says that they share their tokens. On a
             device the targets are asserted there, and the host does not wait.
-        TypeError: for targets that are no integers and for mixed dtypes.
+        TypeError: for targets that are no integers, for mixed dtypes, and for an output layer
+            that does more than `nn.Linear`.
         RuntimeError: from a second backward pass unless `recompute`, for second derivatives, inside
             `torch.func` and for forward-mode derivatives.
 
@@ -203,6 +207,8 @@ def linear_cross_entropy(
     >>> round((loss_sum / num_tokens).item(), 4)  # uniform over four classes: log 4
     1.3863
     """
+    if isinstance(weight, nn.Module):
+        weight, bias = weight_and_bias(weight, bias)
     hidden, weight, bias, shard = local_shard(hidden, weight, bias, process_group)
     check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
     dtype = operand_dtype(hidden, weight, bias)

@@ -513,3 +513,25 @@ def test_bad_input_is_refused_with_what_was_seen(what: str) -> None:
     call, error, message = REFUSED[what]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("multiplier", [1.0, 2.0])
+def test_linear_cross_entropy_takes_a_readout_as_it_is(multiplier: float) -> None:
+    hidden, targets = normal(9, 16).requires_grad_(), torch.arange(9)
+    readout = umup.layers.LinearReadout(16, 50, multiplier=3.0)
+    nn.init.normal_(readout.bias)
+    options: Any = {"multiplier": multiplier}
+    expected = losses.cross_entropy(readout(hidden), targets, reduction="sum", **options)
+    leaves = [hidden, readout.weight, readout.bias]
+    grads = torch.autograd.grad(expected, leaves)
+    loss, _ = losses.linear_cross_entropy(hidden, readout, targets, **options)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), grads)
+    with pytest.raises(TypeError, match="bias is given beside a module as weight"):
+        losses.linear_cross_entropy(hidden, readout, targets, bias=readout.bias)
+    readout.constraint = "gmean"
+    with pytest.raises(ValueError, match=r"constraint='gmean', .*Take cross_entropy\(readout"):
+        losses.linear_cross_entropy(hidden, readout, targets)
+    plain: Any = nn.Linear(16, 50)
+    with pytest.raises(TypeError, match=r"whose forward is .*\.Linear\.forward and not LinearRead"):
+        losses.linear_cross_entropy(hidden, plain, targets)

@@ -221,4 +221,4 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Sum of the cross entropy and number of targets, by `losses.linear_cross_entropy`."""
-        return losses.linear_cross_entropy(self.hidden(tokens), self.readout.weight, targets)
+        return losses.linear_cross_entropy(self.hidden(tokens), self.readout, targets)

@@ -23,9 +23,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixprec.cross_entropy import linear_cross_entropy as _linear_cross_entropy
+from mixprec.output_layer import weight_and_bias
+from mixprec.umup.layers import LinearReadout
 from mixprec.umup.scaling import scale_bwd, scale_fwd
 from mixprec.umup.unit_loss import LossReport, UnitLoss, unit_loss
 
@@ -53,7 +55,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LinearReadout,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
@@ -69,7 +71,8 @@ def linear_cross_entropy(
     gradient and is not counted.
 
     Args:
-        hidden, weight, targets, bias: as there, of RMS 1.
+        hidden, weight, targets, bias: as there, of RMS 1. A `LinearReadout` as the weight is used
+            with its bias and its own multiplier.
         multiplier: sharpens the logits, in the forward pass only.
         label_smoothing: as in `F.cross_entropy`; makes gradients smaller, which is made up for.
 
@@ -80,8 +83,12 @@ def linear_cross_entropy(
     >>> round((loss_sum / n).item(), 4)
     1.3863
     """
+    if isinstance(weight, nn.Module):
+        weight, bias, of_product = _of_readout(weight, bias)
+    else:
+        of_product = 1.0
     vocab, width = weight.shape
-    forward = multiplier / width
+    forward = multiplier * of_product / width
     # The gradients of hidden, weight and bias lack each its own factor. That of the weight goes by
     # the loss's gradient, one number; the others by their own, as far as they differ from it.
     per_weight = _class_multiplier(vocab, label_smoothing) / forward
@@ -98,6 +105,17 @@ def linear_cross_entropy(
         **options,
     )
     return scale_bwd(loss, per_weight), *counted
+
+
+def _of_readout(readout: LinearReadout, bias: Tensor | None) -> tuple[Tensor, Tensor | None, float]:
+    """Weight, bias, and the multiplier of their product, which leaves the bias alone."""
+    weight, own_bias = weight_and_bias(readout, bias, LinearReadout.forward)
+    if readout.constraint is not None:
+        raise ValueError(
+            f"weight is a LinearReadout with constraint={readout.constraint!r}, whose multipliers "
+            f"are others than this loss has. Take cross_entropy(readout(hidden), targets) for it."
+        )
+    return weight, own_bias, readout.multiplier
 
 
 def cross_entropy(
