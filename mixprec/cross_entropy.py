@@ -36,7 +36,7 @@ from mixprec.loss_arguments import (
 )
 from mixprec.output_layer import weight_and_bias
 from mixprec.softmax_gradient import has_kernel
-from mixprec.vocab_shards import VocabShard, local_shard
+from mixprec.vocab_shards import local_shard, say_refused
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -170,10 +170,11 @@ def linear_cross_entropy(
             and the last ones against padding; `token_weight` moves with the targets. True is 1,
             the next token.
         process_group: ranks that share the vocabulary: each gives its rows of the weight, in order
-            of rank and equally many, with its part of `bias` and `class_weight`, and the same
+            of rank and however many, with its part of `bias` and `class_weight`, and the same
             hidden states and targets (classes of the whole vocabulary). All get the same loss, and
-            the whole gradient of the hidden states, summed in FP32. A weight that is a DTensor
-            sharded on dim 0 says it all by itself where `hidden` is a DTensor too.
+            the whole gradient of the hidden states, summed in FP32. Without `chunk_size` the host
+            waits to hear of the largest shard. A weight that is a DTensor sharded on dim 0 says
+            it all by itself where `hidden` is a DTensor too.
         return_details: adds `LossDetails` to what is returned, from the same pass.
 
     Returns:
@@ -182,8 +183,9 @@ def linear_cross_entropy(
         `hidden`, both 0 if all is padding. With `return_details` a `LossDetails` after them.
 
     Raises:
-        ValueError: for shapes that disagree, targets out of range, options out of range, and a
-            weight sharded over ranks of which nothing says that they share their tokens. On a
+        ValueError: for shapes that disagree, targets out of range, options out of range, ranks that
+            were given different ones, and a weight sharded over ranks of which nothing says that
+            they share their tokens. What one rank of a group refuses the others refuse too. On a
             device the targets are asserted there, and the host does not wait.
         TypeError: for targets that are no integers, for mixed dtypes, and for an output layer
             that does more than `nn.Linear`.
@@ -209,18 +211,24 @@ def linear_cross_entropy(
     """
     if isinstance(weight, nn.Module):
         weight, bias = weight_and_bias(weight, bias)
-    hidden, weight, bias, shard = local_shard(hidden, weight, bias, process_group)
-    check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
-    dtype = operand_dtype(hidden, weight, bias)
-    logits_dtype = dtype_of_logits(logits_dtype, dtype, hidden.device)
-    if chunk_size is None:
-        chunk_size = default_chunk_size(weight.shape[0], logits_dtype)
-    check_options(
-        reduction, label_smoothing, logit_multiplier, softcap, z_loss, chunk_size, num_tokens
+    hidden, weight, bias, class_weight, group_name, most_rows = local_shard(
+        hidden, weight, bias, class_weight, process_group
     )
-    check_targets_options(ignore_index, shift, targets)
     differentiable = (hidden, weight, bias)
-    refuse_transforms(differentiable)
+    try:
+        check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
+        dtype = operand_dtype(hidden, weight, bias)
+        logits_dtype = dtype_of_logits(logits_dtype, dtype, hidden.device)
+        if chunk_size is None and most_rows is not None:
+            chunk_size = default_chunk_size(most_rows, logits_dtype)
+        check_options(
+            reduction, label_smoothing, logit_multiplier, softcap, z_loss, chunk_size, num_tokens
+        )
+        check_targets_options(ignore_index, shift, targets)
+        refuse_transforms(differentiable)
+    except Exception:
+        say_refused(group_name, hidden.device)
+        raise
     targets = _shifted(targets.long(), shift, ignore_index)
     if token_weight is not None:
         token_weight = _shifted(token_weight, shift, 0)
@@ -238,7 +246,7 @@ def linear_cross_entropy(
         reduction == "none",
         recompute or reduction == "none",
         [grad_enabled and t is not None and t.requires_grad for t in differentiable],
-        shard,
+        group_name,
         return_details,
     )
     loss, count, *found = _LinearCrossEntropy.apply(
@@ -340,7 +348,7 @@ class _Options(NamedTuple):
     softcap: float | None
     z_loss: float
     logits_dtype: torch.dtype
-    chunk_size: int
+    chunk_size: int | None
     num_tokens: int | None
     dtype: torch.dtype
     """Of the operands of all products."""
@@ -348,7 +356,7 @@ class _Options(NamedTuple):
     recompute: bool
     needs: list[bool]
     """Which of hidden, weight and bias want a gradient."""
-    shard: VocabShard
+    group_name: str | None
     details: bool
 
 
@@ -409,7 +417,7 @@ def _evaluate(
     """Losses, count, gradients. Casts in here, so that none of them is differentiated."""
     operands = (None if t is None else t.to(options.dtype) for t in inputs[:3])
     return losses_and_gradients(
-        *operands, *inputs[3:], *options[:8], needs, *options.shard, options.details
+        *operands, *inputs[3:], *options[:8], needs, options.group_name, options.details
     )
 
 

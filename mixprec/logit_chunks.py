@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mixprec.softmax_gradient import LossTerms, Rows, has_kernel, softmax_gradient_
-from mixprec.vocab_shards import VocabShard
+from mixprec.vocab_shards import VocabShard, locate
 
 __all__ = ["default_chunk_size", "losses_and_gradients", "wide"]
 
@@ -63,13 +63,10 @@ def _losses_and_gradients(
     softcap: float | None,
     z_loss: float,
     logits_dtype: torch.dtype,
-    chunk_size: int,
+    chunk_size: int | None,
     num_tokens: int | None,
     needs: list[bool],
     group_name: str | None,
-    first_class: int,
-    num_classes: int,
-    even_shards: bool,
     details: bool,
 ) -> tuple[Tensor, ...]:
     """Losses `[tokens]` and their count; gradients of their sum by hidden, weight and bias.
@@ -79,14 +76,20 @@ def _losses_and_gradients(
     FP32 (FP64 for FP64), those that `needs` does not ask for are empty. Then, for `details`,
     log-sum-exps and argmaxes `[tokens]`, 0 and -1 at padding, and the sum of the tokens' weights.
 
-    `group_name` and the three after it are a `VocabShard`; with one the gradient by hidden is that
-    of all shards.
+    With a `group_name` the weight is a shard, and the gradient by hidden that of all shards. If it
+    has no `chunk_size` either, the host waits to hear of the largest shard.
     """
-    shard = VocabShard(group_name, first_class, num_classes, even_shards)
     padding = targets == ignore_index
     count = (~padding).sum()
-    shard.check(len(weight), count)
-    kept = _rows_kept(targets, padding, num_classes, ignore_index, num_tokens)
+    given = bias is None, class_weight is None, token_weight is None
+    options = ignore_index, label_smoothing, logit_multiplier, softcap, z_loss, logits_dtype
+    plan = chunk_size, num_tokens, needs[0], details, hidden.dtype, *hidden.shape
+    same = (*given, *options, *plan)
+    shard, sizes = locate(group_name, len(weight), targets, padding, same)
+    if chunk_size is None:
+        most_rows = len(weight) if sizes is None else int(sizes.max())
+        chunk_size = default_chunk_size(most_rows, logits_dtype)
+    kept = _rows_kept(targets, padding, shard.vocab, ignore_index, num_tokens)
     labels = shard.local(targets, len(weight)).masked_fill(padding, -1)
     dtype = wide(hidden.dtype)
     bias = None if bias is None else bias.contiguous()
@@ -112,7 +115,9 @@ def _losses_and_gradients(
             states, classes = _pick(hidden, rows).to(matrix.dtype), labels[rows]
             if slab is None:
                 slab = _slab(len(states), matrix, logits_dtype)
-            logits = _multiply_into(slab[: len(states)], states, matrix.T, logit_multiplier)
+            logits = slab[: len(states)]
+            if len(matrix):
+                _multiply_into(logits, states, matrix.T, logit_multiplier)
             done = softmax_gradient_(
                 _with_the_values_of(logits_dtype, logits),
                 classes,
@@ -131,7 +136,7 @@ def _losses_and_gradients(
                 _add_gradients_(grads, needs, rows, classes, done, states, matrix, first, shard)
         if hidden.dtype.itemsize == 2:
             _add_remainders_(grads, needs, labels, remainders, hidden)
-    weight_sum = losses.new_empty(())
+    weight_sum = losses.new_zeros(())
     if details:
         weight_sum = _weight_sum(labels, padding, class_weight, token_weight, losses, shard)
     return losses, count, *grads, lses, argmaxes, weight_sum
@@ -235,7 +240,7 @@ def _target_logits(
 
     Those of a label of -1 mean nothing.
     """
-    if logits_dtype.itemsize > 2:
+    if logits_dtype.itemsize > 2 or not len(matrix):
         return None
     if has_kernel(hidden.device, hidden.dtype):
         from mixprec import cross_entropy_kernels as kernels
@@ -269,7 +274,7 @@ def _add_gradients_(
     assert grad_logits is not None and remainders is not None
     if needs[2]:
         by_bias.add_(grad_logits.sum(0, dtype=by_bias.dtype))
-    if needs[1]:
+    if needs[1] and len(matrix):
         multiply = _multiply_into if first else _add_product_
         multiply(by_weight, grad_logits.T, states)
     if not needs[0]:
@@ -283,7 +288,9 @@ def _add_gradients_(
         out = states  # a copy, which nothing reads any more
     else:
         out = states.new_empty(states.shape, dtype=dtype)
-    if by_hidden.dtype.itemsize > 2 or not len(matrix):
+    if not len(matrix):
+        out.zero_()
+    elif by_hidden.dtype.itemsize > 2:
         torch.mm(grad_logits, matrix, out=out)
     elif out.dtype.itemsize == 2 and out.numel() <= _ELEMENTS_OF_A_WAVE:
         sums = states.new_empty(states.shape, dtype=torch.float32)
@@ -325,6 +332,8 @@ def _add_remainders_(
 ) -> None:
     """Add the remainders to the gradients of weight and bias, in a fixed order."""
     _, by_weight, by_bias = grads
+    if not len(by_weight if needs[1] else by_bias):
+        return
     if needs[1]:
         _add_by_class_(by_weight, labels, remainders, hidden)
     if needs[2]:
@@ -350,9 +359,9 @@ losses_and_gradients = torch.library.custom_op(
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? class_weight, "
         "Tensor? token_weight, SymInt ignore_index, float label_smoothing, "
         "float logit_multiplier, float? softcap, float z_loss, ScalarType logits_dtype, "
-        "SymInt chunk_size, SymInt? num_tokens, "
-        "bool[] needs, str? group_name, SymInt first_class, SymInt num_classes, bool even_shards, "
-        "bool details) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "SymInt? chunk_size, SymInt? num_tokens, "
+        "bool[] needs, str? group_name, bool details) "
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 
@@ -371,13 +380,10 @@ def _(
     softcap: float | None,
     z_loss: float,
     logits_dtype: torch.dtype,
-    chunk_size: int,
+    chunk_size: int | None,
     num_tokens: int | None,
     needs: list[bool],
     group_name: str | None,
-    first_class: int,
-    num_classes: int,
-    even_shards: bool,
     details: bool,
 ) -> tuple[Tensor, ...]:
     dtype = wide(hidden.dtype)
@@ -404,15 +410,16 @@ def _empty_gradients(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple
 
 
 def _rows_kept(
-    targets: Tensor, padding: Tensor, vocab: int, ignore_index: int, num_tokens: int | None
+    targets: Tensor, padding: Tensor, vocab: int | Tensor, ignore_index: int, num_tokens: int | None
 ) -> Tensor:
     """Indices of the targets that are no padding; the host waits unless it knows their number."""
     kept = ~padding
     wrong = kept & ((targets < 0) | (targets >= vocab))
     if targets.device.type == "cpu":
-        _check_on_host(targets, kept, wrong, vocab, ignore_index, num_tokens)
+        _check_on_host(targets, kept, wrong, int(vocab), ignore_index, num_tokens)
     else:
-        torch._assert_async(~wrong.any(), f"a target is neither in [0, {vocab}) nor ignore_index")
+        classes = f"in [0, {vocab})" if isinstance(vocab, int) else "a class of any rank's shard"
+        torch._assert_async(~wrong.any(), f"a target is neither {classes} nor ignore_index")
         if num_tokens is not None:
             counted = kept.sum() == num_tokens
             torch._assert_async(counted, f"num_tokens={num_tokens} is not the number of targets")

@@ -144,7 +144,7 @@ def check_options(
             )
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss is {z_loss}; it must be 0 or more, and finite")
-    if not _is_int(chunk_size) or chunk_size < 1:
+    if chunk_size is not None and (not _is_int(chunk_size) or chunk_size < 1):
         raise ValueError(
             f"chunk_size is {chunk_size!r}; it must be an int of at least 1, the tokens whose "
             f"logits are held at once, or None"

@@ -94,6 +94,8 @@ def softmax_gradient_(
     tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
     """
     shard = VocabShard(None, 0, logits.shape[1]) if shard is None else shard
+    if not logits.shape[1]:
+        return _without_classes(logits, targets, terms, token_weight, rounded_to, argmax, shard)
     arguments = logits, targets, terms, token_weight, target_logits, rounded_to, argmax
     if not has_kernel(logits.device, logits.dtype):
         return _in_plain_torch(*arguments, shard)
@@ -178,6 +180,27 @@ def _by_kernels_of_a_shard(
     return Rows(row.losses, row.lse, gradient, remainders.where(here, 0.0), argmaxes)
 
 
+def _without_classes(
+    logits: Tensor,
+    targets: Tensor,
+    terms: LossTerms,
+    token_weight: Tensor | None,
+    rounded_to: torch.dtype | None,
+    argmax: bool,
+    shard: VocabShard,
+) -> Rows:
+    """The part of a shard that has no class, in sums and largest values that others wait for."""
+    none = torch.zeros_like(targets, dtype=torch.promote_types(logits.dtype, torch.float32))
+    if terms.class_weight is not None:
+        terms = terms._replace(class_weight=none.new_zeros(1))  # to be read for targets elsewhere
+    lowest = torch.full_like(none, -torch.inf)
+    top = shard.reduce_(lowest.clone(), "max")
+    argmaxes = _first_class(torch.zeros_like(targets) if argmax else None, lowest, top, shard)
+    row = _row_of(top, none, none, none, targets, terms, token_weight, shard)
+    gradient = None if rounded_to is None else logits.to(rounded_to)
+    return Rows(row.losses, row.lse, gradient, None if gradient is None else none, argmaxes)
+
+
 def _in_plain_torch(
     logits: Tensor,
     targets: Tensor,
@@ -228,7 +251,7 @@ def _first_class(
     """The first class of all shards whose logit is the highest; `best` are columns of this one."""
     if best is None or shard.whole:
         return best
-    candidates = (best + shard.start).masked_fill(top < highest, shard.vocab)
+    candidates = (best + shard.start).masked_fill(top < highest, torch.iinfo(torch.int64).max)
     return -shard.reduce_(-candidates, "max")
 
 
@@ -274,7 +297,7 @@ def _row_of(
     sums = [total, picked.where(here, 0.0), weighted, target_weight.where(here, 0.0), weight_sum]
     total, picked, weighted, target_weight, weight_sum = shard.reduce_(torch.stack(sums), "sum")
     if class_weight is None:
-        weight_sum = torch.full_like(total, shard.vocab)
+        weight_sum = torch.ones_like(total) * shard.vocab
 
     log_total = total.log()
     lse = top + log_total

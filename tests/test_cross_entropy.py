@@ -878,7 +878,7 @@ def test_operator_is_declared_as_it_behaves() -> None:
     operator = torch.ops.mixprec.linear_cross_entropy.default
     options = (PADDING, 0.1, 0.3, 2.0, 0.1, FP32, 8, None)
     for needs, details in (([True, True, False], False), ([False, False, False], True)):
-        arguments = hidden, weight, None, targets, None, None, *options, needs, None, 0, 50, True
+        arguments = hidden, weight, None, targets, None, None, *options, needs, None
         torch.library.opcheck(operator, (*arguments, details))
 
 

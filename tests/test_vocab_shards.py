@@ -11,6 +11,7 @@ from losses import BF16, FP32, FP64, OPTIONS, PADDING, case, error, filled, fp32
 from ranks import on_ranks
 from torch import Tensor, nn
 
+from mixprec import logit_chunks
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
@@ -18,8 +19,12 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.dis
 RANKS = 2
 
 
-def shard_of(tensor: Tensor, rank: int) -> Tensor:
-    return tensor.detach().chunk(RANKS)[rank].clone().requires_grad_(tensor.requires_grad)
+EVEN = [25, 25]
+
+
+def shard_of(tensor: Tensor, rank: int, sizes: list[int] | None = None) -> Tensor:
+    parts = tensor.detach().chunk(RANKS) if sizes is None else tensor.detach().split(sizes)
+    return parts[rank].clone().requires_grad_(tensor.requires_grad)
 
 
 def group() -> Any:
@@ -31,52 +36,78 @@ def group() -> Any:
 
 
 def check_options(rank: int) -> None:
-    hows: list[dict[str, Any]] = [{}, {"recompute": True}, {"reduction": "none"}]
-    for name, options in OPTIONS.items():
-        for how in hows:
-            hidden, weight, targets = case()
-            whole = filled(options, 37, 50, FP64)
-            loss, count, details = linear_cross_entropy(
-                hidden, weight, targets, return_details=True, **whole, **how
-            )
-            root = torch.randn(loss.shape, generator=torch.Generator().manual_seed(2), dtype=FP64)
-            leaves = [hidden, weight] + ([whole["bias"]] if "bias" in whole else [])
-            expected = list(torch.autograd.grad(loss, leaves, root))
-            expected[1:] = [grad.chunk(RANKS)[rank] for grad in expected[1:]]
+    for how in ({}, {"recompute": True}, {"reduction": "none"}):
+        for name, options in OPTIONS.items():
+            check_against_the_whole(rank, EVEN, name, options, how)
 
-            part = {
-                k: shard_of(v, rank) if k in ("bias", "class_weight") else v
-                for k, v in whole.items()
-            }
-            mine = [hidden.detach().requires_grad_(), shard_of(weight, rank)]
-            mine += [part["bias"]] if "bias" in part else []
-            found, same, same_details = linear_cross_entropy(
-                mine[0],
-                mine[1],
-                targets,
-                process_group=group(),
-                chunk_size=10,
-                return_details=True,
-                **part,
-                **how,
-            )
-            grads = torch.autograd.grad(found, mine, root)
-            torch.testing.assert_close((found, same), (loss, count), rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(same_details, details, rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(grads, tuple(expected), rtol=1e-11, atol=1e-12, msg=name)
+
+def check_uneven(rank: int) -> None:
+    for sizes in ([31, 19], [50, 0], [0, 50]):
+        for name, options in OPTIONS.items():
+            check_against_the_whole(rank, sizes, name, options, {})
+        per_token: dict[str, Any] = {"reduction": "none"}
+        check_against_the_whole(rank, sizes, "everything", OPTIONS["everything"], per_token)
+
+
+def check_against_the_whole(
+    rank: int, sizes: list[int], name: str, options: dict[str, Any], how: dict[str, Any]
+) -> None:
+    hidden, weight, targets = case()
+    whole = filled(options, 37, 50, FP64)
+    loss, count, details = linear_cross_entropy(
+        hidden, weight, targets, return_details=True, **whole, **how
+    )
+    root = torch.randn(loss.shape, generator=torch.Generator().manual_seed(2), dtype=FP64)
+    leaves = [hidden, weight] + ([whole["bias"]] if "bias" in whole else [])
+    expected = list(torch.autograd.grad(loss, leaves, root))
+    expected[1:] = [grad.split(sizes)[rank] for grad in expected[1:]]
+
+    part = {
+        k: shard_of(v, rank, sizes) if k in ("bias", "class_weight") else v
+        for k, v in whole.items()
+    }
+    mine = [hidden.detach().requires_grad_(), shard_of(weight, rank, sizes)]
+    mine += [part["bias"]] if "bias" in part else []
+    found, same, same_details = linear_cross_entropy(
+        mine[0],
+        mine[1],
+        targets,
+        process_group=group(),
+        chunk_size=10 if how else None,
+        return_details=True,
+        **part,
+        **how,
+    )
+    grads = torch.autograd.grad(found, mine, root)
+    torch.testing.assert_close((found, same), (loss, count), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(same_details, details, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        grads, tuple(expected), rtol=1e-11, atol=1e-12, msg=f"{name} {sizes}"
+    )
 
 
 def check_bf16(rank: int) -> None:
+    for sizes in ([100, 100], [150, 50], [200, 0]):
+        for logits_dtype in (FP32, BF16):
+            check_bf16_shards(rank, sizes, logits_dtype)
+
+
+def check_bf16_shards(rank: int, sizes: list[int], logits_dtype: torch.dtype) -> None:
     hidden, weight, targets = case(300, 32, 200, BF16)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     linear_cross_entropy(exact[0], exact[1], targets)[0].backward()
-    mine = shard_of(weight, rank)
+    mine = shard_of(weight, rank, sizes)
     fp32_gradients(mine)
-    linear_cross_entropy(hidden, mine, targets, process_group=group())[0].backward()
+    linear_cross_entropy(hidden, mine, targets, process_group=group(), logits_dtype=logits_dtype)[
+        0
+    ].backward()
     assert error(hidden.grad, exact[0].grad) < 2.2e-3
     exact_grad = exact[1].grad
     assert exact_grad is not None
-    assert error(mine.grad, exact_grad.chunk(RANKS)[rank]) < 3e-4
+    if sizes[rank]:
+        # Logits in BF16 are off by up to 2^-9 of a unit each, and so is their probability.
+        bound = 3e-4 if logits_dtype == FP32 else 1e-3
+        assert error(mine.grad, exact_grad.split(sizes)[rank]) < bound
     both = [torch.empty_like(hidden) for _ in range(RANKS)]
     dist.all_gather(both, hidden.grad)
     assert torch.equal(both[0], both[1])
@@ -113,11 +144,12 @@ def check_ties(rank: int) -> None:
 def check_refusals(rank: int) -> None:
     hidden, weight, targets = case(padding=0.0)
     mine = shard_of(weight, rank).detach()
-    with pytest.raises(ValueError, match="ranks of process_group hold different numbers of rows"):
-        linear_cross_entropy(hidden, mine[rank:], targets, process_group=group())
     other = targets.clone()
     other[: rank + 1] = PADDING
     with pytest.raises(ValueError, match="ranks of process_group differ in the number of targets"):
+        linear_cross_entropy(hidden, mine, other, process_group=group())
+    other = targets.flip(0) if rank else targets
+    with pytest.raises(ValueError, match="ranks of process_group differ in their targets; a group"):
         linear_cross_entropy(hidden, mine, other, process_group=group())
     with pytest.raises(ValueError, match=r"a target is 50, but weight has 50 rows"):
         linear_cross_entropy(hidden, mine, targets + 50 - targets, process_group=group())
@@ -128,8 +160,90 @@ def check_refusals(rank: int) -> None:
     assert loss == 0 and count == 0
 
 
-def test_shards_give_what_the_whole_gives_and_ranks_that_disagree_are_refused() -> None:
-    on_ranks(check_options, check_bf16, check_compiled, check_ties, check_refusals)
+def check_what_one_rank_refuses(rank: int) -> None:
+    """The other one does not wait for it, and both can go on."""
+    hidden, weight, targets = case(padding=0.0)
+    mine = shard_of(weight, rank).detach()
+    here: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"bias": torch.zeros(24, dtype=FP64)}, ValueError, r"bias is \[24\] but weight is"),
+        ({"class_weight": torch.zeros(3)}, ValueError, "class_weight is"),
+        ({"softcap": -1.0}, ValueError, "softcap is -1"),
+        ({"ignore_index": None}, TypeError, "ignore_index is None"),
+    ]
+    for wrong, kind, said in here:
+        options = wrong if rank else {}
+        expected = (kind, said) if rank else (ValueError, "another rank of process_group has refu")
+        with pytest.raises(expected[0], match=expected[1]):
+            linear_cross_entropy(hidden, mine, targets, process_group=group(), **options)
+    with pytest.raises(ValueError, match=r"weight is \[25, 9\] but hidden|another rank of process"):
+        narrow = mine[:, :9] if rank else mine
+        linear_cross_entropy(hidden, narrow, targets, process_group=group())
+    linear_cross_entropy(hidden, mine, targets, process_group=group())
+
+
+def check_what_ranks_differ_in(rank: int) -> None:
+    hidden, weight, targets = case(padding=0.0)
+    mine = shard_of(weight, rank).detach()
+    ones = torch.ones(25, dtype=FP64)
+    apart: list[dict[str, Any]] = [
+        {"chunk_size": 5 + rank},
+        {"chunk_size": None if rank else 5},
+        {"num_tokens": None if rank else 37},
+        {"softcap": 3.0 + rank},
+        {"label_smoothing": 0.1 * rank},
+        {"z_loss": 0.1 * rank},
+        {"logit_multiplier": 1.0 + rank},
+        {"class_weight": ones if rank else None},
+        {"bias": ones if rank else None},
+        {"token_weight": torch.ones(37) if rank else None},
+        {"return_details": bool(rank)},
+        {"ignore_index": -100 - rank},
+        {"hidden": hidden.detach() if rank else hidden},
+    ]
+    for options in apart:
+        given: dict[str, Any] = {"hidden": hidden, **options}
+        with pytest.raises(ValueError, match="ranks of process_group differ in an option, in the"):
+            linear_cross_entropy(weight=mine, targets=targets, process_group=group(), **given)
+    linear_cross_entropy(hidden, mine, targets, process_group=group())
+
+
+def check_default_chunks(rank: int) -> None:
+    """Chunks are those of the largest shard on all ranks, or one waits for the others."""
+    sizes = [44, 6]
+    slab, fewest = logit_chunks._SLAB_BYTES, logit_chunks._FEWEST_TOKENS
+    logit_chunks._SLAB_BYTES, logit_chunks._FEWEST_TOKENS = 44 * 8 * 4, 1  # 4 tokens, or 32
+    try:
+        check_against_the_whole(rank, sizes, "plain", {}, {})
+        hidden, weight, targets = case(padding=0.0)
+        seen: list[int] = []
+        softmax = logit_chunks.softmax_gradient_
+        logit_chunks.softmax_gradient_ = lambda *args, **kwargs: (
+            seen.append(len(args[0])) or softmax(*args, **kwargs)
+        )
+        mine = shard_of(weight, rank, sizes)
+        linear_cross_entropy(hidden, mine, targets, process_group=group())
+        logit_chunks.softmax_gradient_ = softmax
+        assert seen == [4] * 9 + [1]
+    finally:
+        logit_chunks._SLAB_BYTES, logit_chunks._FEWEST_TOKENS = slab, fewest
+
+
+def test_shards_give_what_the_whole_gives() -> None:
+    on_ranks(check_options, check_bf16, check_compiled, check_ties, check_default_chunks)
+
+
+def check_three_ranks(rank: int) -> None:
+    for name in ("plain", "everything"):
+        check_against_the_whole(rank, [20, 0, 30], name, OPTIONS[name], {})
+
+
+def test_shards_may_be_uneven_and_empty() -> None:
+    on_ranks(check_uneven)
+    on_ranks(check_three_ranks, ranks=3)
+
+
+def test_ranks_that_disagree_are_refused_and_none_waits_for_another() -> None:
+    on_ranks(check_refusals, check_what_one_rank_refuses, check_what_ranks_differ_in)
 
 
 def check_dtensor(rank: int) -> None:
@@ -137,7 +251,7 @@ def check_dtensor(rank: int) -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for vocab in (50, 51):  # 51: shards of 26 and 25
+    for vocab in (50, 51, 1):  # shards of 26 and 25, and of 1 and 0
         hidden, weight, targets = case(vocab=vocab)
         loss, _ = linear_cross_entropy(hidden, weight, targets)
         loss.backward()
