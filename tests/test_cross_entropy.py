@@ -312,6 +312,36 @@ def test_no_error_is_larger_than_that_of_full_16_bit_logits(
         assert error(hidden.grad, exact[0].grad) <= 2.2e-3
 
 
+@pytest.mark.parametrize("how", [{}, {"reduction": "none"}], ids=["forward", "none"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_hold_where_logits_are_16_bits_and_those_of_targets_apart(
+    name: str, how: dict[str, Any]
+) -> None:
+    """As by default on a GPU."""
+    hidden, weight, targets = case(100, dtype=BF16)
+    options = filled(OPTIONS[name], 100, 50, BF16)
+    fp32_gradients(hidden, weight)
+    exact = fp64_twins(hidden, weight)
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    losses = reference(exact[0], exact[1], targets, **wide)
+    losses.sum().backward()
+    loss, _, details = linear_cross_entropy(
+        hidden, weight, targets, logits_dtype=BF16, return_details=True, **options, **how
+    )
+    loss.sum().backward()
+    # A logit z rounds by up to 2^-9 |z|, so a loss moves by up to twice that, and so does the
+    # logarithm of a probability. Results in BF16 round by 2^-9 more.
+    multiplier = options.get("logit_multiplier", 1.0)
+    products = (exact[0] @ exact[1].T).abs().max().item() * multiplier
+    bound = 2.0**-8 * products + 2.0**-9
+    expected = losses if how else losses.sum()
+    assert error(loss, expected) <= bound
+    assert error(hidden.grad, exact[0].grad) <= bound
+    assert error(weight.grad, exact[1].grad) <= bound
+    lse = full_logits(exact[0], exact[1], **wide).logsumexp(1).where(targets != PADDING, 0.0)
+    assert (details.logsumexp - lse).abs().max() <= bound
+
+
 @pytest.mark.parametrize(
     ("logits_dtype", "learnt", "by_hidden", "by_weight"),
     [

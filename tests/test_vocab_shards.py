@@ -276,6 +276,11 @@ def check_dtensor(rank: int) -> None:
         apart = distribute_tensor(hidden.detach()[:36], mesh, [Shard(0)])
         with pytest.raises(ValueError, match="need the same hidden states: redistribute it"):
             linear_cross_entropy(apart, head, targets[:18])
+        ones = torch.linspace(0.5, 2.0, vocab, dtype=FP64)
+        whole = linear_cross_entropy(hidden, weight, targets, bias=ones, class_weight=ones)[0]
+        of_all = distribute_tensor(ones, mesh, [Shard(0)])
+        spread = linear_cross_entropy(states, head, targets, bias=of_all, class_weight=of_all)[0]
+        torch.testing.assert_close(spread, whole, rtol=1e-12, atol=0)
         replicated = distribute_tensor(weight.detach(), mesh, [Replicate()])
         torch.testing.assert_close(linear_cross_entropy(plain, replicated, targets)[0], loss)
 
