@@ -322,7 +322,9 @@ def test_options_hold_where_logits_are_16_bits_and_those_of_targets_apart(
     options = filled(OPTIONS[name], 100, 50, BF16)
     fp32_gradients(hidden, weight)
     exact = fp64_twins(hidden, weight)
-    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    wide: dict[str, Any] = {
+        k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()
+    }
     losses = reference(exact[0], exact[1], targets, **wide)
     losses.sum().backward()
     loss, _, details = linear_cross_entropy(

@@ -22,6 +22,7 @@ from losses import (
     filled,
     fp32_gradients,
     fp64_twins,
+    full_logits,
     gradient_of,
     reference,
     trained_model,
@@ -85,6 +86,45 @@ def test_gpu_agrees_with_the_cpu_and_never_makes_the_host_wait(
     bound = {BF16: 3e-3, FP16: 6e-4, FP32: 2e-3, FP64: 1e-10}[dtype]  # FP32: TF32 may be allowed
     for ours, right in zip(moved, leaves, strict=True):
         assert error(gradient_of(ours).cpu(), right.grad) < bound
+
+
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"), [(BF16, None), (BF16, FP32), (FP32, None), (FP64, None)]
+)
+@pytest.mark.parametrize("name", ["plain", "class weight", "softcap", "everything"])
+def test_details_are_those_of_full_logits_and_wait_for_nothing(
+    name: str, dtype: torch.dtype, logits_dtype: torch.dtype | None
+) -> None:
+    hidden, weight, targets = case(300, 64, 1001, dtype)
+    options = filled(OPTIONS[name], 300, 1001, dtype)
+    placed = {k: v.detach().cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
+    exact: dict[str, Any] = {
+        k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()
+    }
+    logits = full_logits(hidden.double(), weight.double(), **exact).detach()
+    states, head = on_gpu(hidden, weight)
+    labels = targets.cuda()
+    kept = targets != PADDING
+    given: dict[str, Any] = {"logits_dtype": logits_dtype, "num_tokens": int(kept.sum()), **placed}
+    linear_cross_entropy(states, head, labels, return_details=True, **given)  # compiles
+    with no_waiting():
+        details = linear_cross_entropy(states, head, labels, return_details=True, **given)[2]
+    # A logit rounds by up to 2^-9 of the product that it is of; TF32, which may be allowed for
+    # FP32, by 2^-10 for its operands.
+    products = (hidden.double() @ weight.double().T).abs().max().item()
+    bound = 1e-9 if dtype == FP64 else 2.0**-8 * products * options.get("logit_multiplier", 1.0)
+    found, argmax = details.logsumexp.cpu().double(), details.argmax.cpu()
+    assert (found - logits.logsumexp(1).where(kept, 0.0)).abs().max() <= bound
+    at = logits.gather(1, argmax.clamp(min=0)[:, None]).squeeze(1)
+    assert (logits.amax(1) - at)[kept].max() <= bound
+    assert (argmax[~kept] == -1).all()
+    assert torch.equal(details.correct.cpu(), (argmax == targets) & kept)
+    ones = torch.ones(1001, dtype=FP64), torch.ones(300, dtype=FP64)
+    weights = exact.get("class_weight", ones[0])[targets.clamp(min=0)]
+    weights = weights * exact.get("token_weight", ones[1])
+    torch.testing.assert_close(
+        details.weight_sum.cpu().double(), weights[kept].sum(), rtol=1e-5, atol=0
+    )
 
 
 GRID = list(
