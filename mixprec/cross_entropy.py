@@ -208,6 +208,10 @@ def linear_cross_entropy(
     >>> loss_sum, num_tokens = linear_cross_entropy(hidden, weight, torch.tensor([1, 2, -100]))
     >>> round((loss_sum / num_tokens).item(), 4)  # uniform over four classes: log 4
     1.3863
+    >>> targets = torch.tensor([0, 2, -100])
+    >>> details = linear_cross_entropy(hidden, weight, targets, return_details=True)[2]
+    >>> details.argmax, details.correct
+    (tensor([ 0,  0, -1]), tensor([ True, False, False]))
     """
     if isinstance(weight, nn.Module):
         weight, bias = weight_and_bias(weight, bias)

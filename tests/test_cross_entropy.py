@@ -646,6 +646,26 @@ def test_recomputing_puts_all_gradients_off_to_the_backward_pass(
     assert calls == ["product", "loss", "product", "gradient", "product"]
 
 
+@pytest.mark.parametrize("how", [{}, {"recompute": True}, {"reduction": "none"}])
+def test_details_are_looked_for_once_and_only_on_request(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    softmax = logit_chunks.softmax_gradient_
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["argmax"])
+        return softmax(*args, **kwargs)
+
+    monkeypatch.setattr(logit_chunks, "softmax_gradient_", spy)
+    hidden, weight, targets = case()
+    linear_cross_entropy(hidden, weight, targets, return_details=True, **how)[0].sum().backward()
+    assert asked == ([True, False] if how else [True])
+    asked.clear()
+    linear_cross_entropy(hidden, weight, targets, **how)[0].sum().backward()
+    assert not any(asked)
+
+
 def test_frozen_head_costs_no_weight_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = work(monkeypatch)
     hidden, weight, targets = case()
