@@ -222,8 +222,8 @@ def test_an_operand_is_found_by_where_its_multiplier_lies() -> None:
     assert other.fitted and not one.fitted
     assert other.scale.tolist() == [2.0**33, 2.0**-33]  # 2^13, two binades below 2^15
     settle_at(torch.ones(16, 16), torch.ones(2))  # nobody's
-    one.scale = torch.ones(2)  # has moved on, as to another device
-    settle_at(torch.ones(16, 16), one.scale)
+    before, one.scale = one.scale, torch.ones(2)  # has moved on, as to another device
+    settle_at(torch.ones(16, 16), before)  # by now perhaps anybody's
     assert not one.fitted
 
 
