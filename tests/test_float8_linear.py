@@ -457,16 +457,20 @@ def test_other_memory_at_the_address_of_the_last_is_noticed() -> None:
         linear.weight.data = torch.empty(0).bfloat16()
 
 
-@pytest.mark.parametrize("how", ["load", "assign", "recast"])
+@pytest.mark.parametrize("how", ["load", "load, once given", "assign", "new", "recast"])
 def test_a_weight_that_is_replaced_gets_an_exponent_of_its_own(how: str) -> None:
     """At once, though the exponent of a weight that is trained has settled."""
     linear, (x, _) = layer(recipe="adaptive", bias=False), operands(32, 64)
+    if how == "load, once given":
+        Precision("fp8").load_exponents(nn.Sequential(linear), {"0": {"weight": 3}})
     linear(x)
     torch.optim.SGD(linear.parameters(), lr=0.0).step()
     other = 2.0**20 * linear.weight.detach()
     if how == "recast":
         linear.weight.data.copy_(other)
         Precision("fp8").recast(linear)
+    elif how == "new":
+        linear.weight = nn.Parameter(other)
     else:
         linear.load_state_dict({"weight": other}, assign=how == "assign")
     for context in (torch.no_grad(), contextlib.nullcontext()):
