@@ -106,7 +106,7 @@ def test_a_layer_that_computes_more_than_its_product_stays() -> None:
     assert reasons["1"] == "its forward was replaced, and that may compute anything"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit is on its way out
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.jit
 @pytest.mark.parametrize("of", ["trace", "trace in evaluation", "script"])
 def test_torch_jit_is_refused(of: str) -> None:
     model = nn.Sequential(nn.Linear(32, 32))
