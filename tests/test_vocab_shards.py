@@ -232,13 +232,26 @@ def test_shards_give_what_the_whole_gives() -> None:
     on_ranks(check_options, check_bf16, check_compiled, check_ties, check_default_chunks)
 
 
+def check_low_logits(rank: int) -> None:
+    """A rank without classes has no logit, not one of 0."""
+    hidden, weight, targets = case()
+    low = torch.full((50,), -1000.0, dtype=FP64)
+    loss = linear_cross_entropy(hidden, weight, targets, bias=low, return_details=True)
+    for sizes in ([50, 0], [0, 50]):
+        part, bias = (shard_of(t, rank, sizes) for t in (weight, low))
+        found = linear_cross_entropy(
+            hidden, part, targets, bias=bias, process_group=group(), return_details=True
+        )
+        torch.testing.assert_close(found, loss, rtol=1e-12, atol=1e-12)
+
+
 def check_three_ranks(rank: int) -> None:
     for name in ("plain", "everything"):
         check_against_the_whole(rank, [0, 20, 30], name, OPTIONS[name], {})
 
 
 def test_shards_may_be_uneven_and_empty() -> None:
-    on_ranks(check_uneven)
+    on_ranks(check_uneven, check_low_logits)
     on_ranks(check_three_ranks, ranks=3)
 
 
