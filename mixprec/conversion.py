@@ -18,10 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
-from mixprec import formats
+from mixprec import cast_losses, formats
+from mixprec.cast_losses import Loss
 from mixprec.formats import FP32, Format
+from mixprec.said import Said
+from mixprec.text_table import aligned
 
 __all__ = ["NORMS", "Report", "Row", "convert", "matches", "nearest", "refuse_text"]
 
@@ -39,25 +43,37 @@ class Row:
     before: str
     after: str
     reason: str
+    num_buffered: int = 0
+    """Values in floating-point buffers."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """One `Row` for each module that owns floating tensors; printed as a table."""
+    """One `Row` for each module that owns floating tensors, and a `Loss` for each tensor that lost
+    more than a parameter's last digits; printed as a table and sentences.
+    """
 
     rows: tuple[Row, ...]
+    losses: tuple[Loss, ...]
+    """Tensors of which values became inf or 0, and buffers of which values were rounded."""
 
     def __str__(self) -> str:
         if not self.rows:
             return "no floating tensors"
-        name, kind, number = (
-            max(len(str(getattr(row, column))) for row in self.rows)
-            for column in ("module", "kind", "num_parameters")
-        )
-        return "\n".join(
-            f"{row.module:{name}}  {row.kind:{kind}}  {row.num_parameters:{number}} parameters  "
-            f"{row.before} -> {row.after}  {row.reason}".rstrip()
+        buffered = any(row.num_buffered for row in self.rows)
+        cells = [
+            (
+                row.module,
+                row.kind,
+                f"{row.num_parameters} parameters",
+                *([f"{row.num_buffered} in buffers" * bool(row.num_buffered)] if buffered else []),
+                f"{row.before} -> {row.after}",
+                row.reason,
+            )
             for row in self.rows
+        ]
+        return "\n".join(
+            [aligned(cells, right={2, 3} if buffered else {2}), *map(str, self.losses)]
         )
 
 
@@ -73,6 +89,10 @@ def convert(model: nn.Module, format: Format, *, keep_fp32: Sequence[str] = (NOR
     """
     kept = _kept_modules(model, keep_fp32)
     _check_tensors(model, kept)
+    cast = ((name, each) for name, each in _named_tensors(model) if _parent(name) not in kept)
+    losses = cast_losses.losses(cast, format)
+    if fault := cast_losses.warning(losses, format, keep_fp32):
+        Said().warn("cast", fault)  # before the cast: where warnings are errors nothing is changed
     rows: list[Row] = []
     neighbour = next((p for n, p in model.named_parameters() if _parent(n) not in kept), None)
     for name, module in model.named_modules():
@@ -89,10 +109,16 @@ def convert(model: nn.Module, format: Format, *, keep_fp32: Sequence[str] = (NOR
         if name in kept and _parent(name) not in kept and format != FP32:
             _make_island(module, format.dtype, neighbour)
         if before:
-            number = sum(parameter.numel() for parameter in module.parameters(recurse=False))
             kind, seen = type(module).__name__, "+".join(sorted(before))
-            rows.append(Row(name or "(model)", kind, number, seen, held.name, kept.get(name, "")))
-    return Report(tuple(rows))
+            sizes = _num_values(module.parameters(recurse=False))
+            buffered = _num_values(module.buffers(recurse=False))
+            why = kept.get(name, "")
+            rows.append(Row(name or "(model)", kind, sizes, seen, held.name, why, buffered))
+    return Report(tuple(rows), losses)
+
+
+def _num_values(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
 
 
 def _kept_modules(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
@@ -166,6 +192,10 @@ def _check_tensors(model: nn.Module, kept: dict[str, str]) -> None:
     """Refuse what has no place in either format, before anything is changed."""
     seen: dict[int, tuple[str, bool]] = {}
     for name, tensor in _named_tensors(model):
+        if is_lazy(tensor):
+            raise ValueError(
+                f"{name!r} has no shape yet; run a batch through the model first, then cast it"
+            )
         is_kept = _parent(name) in kept
         known = tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
         if tensor.is_complex() and not is_kept:

@@ -170,10 +170,11 @@ class Precision:
                 their products save.
 
         Returns:
-            What was done to each module, as `rows`. With a recipe it is a `LayerReport`: `layers`
-            says for each linear layer how it runs and why, `converted` names those in FP8. Layers
-            with a size that is no multiple of 16 and those whose weight is also an embedding's stay
-            in 16 bits, and the report says so.
+            What was done to each module, as `rows`, and `losses`: tensors of which the cast made
+            infinities or zeros, and buffers that it rounded. With a recipe it is a `LayerReport`:
+            `layers` says for each linear layer how it runs and why, `converted` names those in FP8.
+            Layers with a size that is no multiple of 16 and those whose weight is also an
+            embedding's stay in 16 bits, and the report says so.
 
         Raises:
             ValueError: for a pattern that matches nothing, and a model that is converted or sharded
@@ -360,10 +361,14 @@ def cast_model(
             name. The default "*norm*" leaves alone mere containers, such as a `PreNorm` block.
 
     Raises:
-        ValueError: if a pattern other than "*norm*" matches no module, or one tied tensor would
-            have to be in both formats.
+        ValueError: if a pattern other than "*norm*" matches no module, one tied tensor would have
+            to be in both formats, or a lazy module has no shapes yet.
         TypeError: for FP64 and FP8 tensors, and for complex ones outside the kept modules. Nothing
             is changed then.
+
+    Warns of tensors of which the cast makes infinities, or 0 of more than 5 % of the values, with
+    their names. What buffers lose is not mended by masters: `Precision.convert` does the same and
+    returns a report that counts all of it.
 
     >>> import mixprec, torch
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))

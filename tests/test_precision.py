@@ -376,10 +376,10 @@ def test_the_report_has_a_row_for_each_module_with_floating_tensors() -> None:
     weight.data = weight.data.half()
     report = Precision("bf16").convert(model, keep_fp32=("*norm*", "scaled"))
     assert str(report) == (
-        "0        Linear   20 parameters  fp32 -> bf16\n"
-        "2        Scaled    4 parameters  fp16+fp32 -> fp32  matches 'scaled'\n"
-        "3.norm   RMSNorm   4 parameters  fp32 -> fp32  matches '*norm*'\n"
-        "3.inner  Linear   20 parameters  fp32 -> bf16"
+        "0        Linear   20 parameters                fp32 -> bf16\n"
+        "2        Scaled    4 parameters  4 in buffers  fp16+fp32 -> fp32  matches 'scaled'\n"
+        "3.norm   RMSNorm   4 parameters                fp32 -> fp32       matches '*norm*'\n"
+        "3.inner  Linear   20 parameters                fp32 -> bf16"
     )
     whole = Precision("bf16").convert(PreNorm(), keep_fp32=("prenorm",))
     assert [row.reason for row in whole.rows] == ["inside the model"] * 2

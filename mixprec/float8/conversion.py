@@ -102,7 +102,7 @@ class LayerReport(Report):
                 f"Emulated: {self.emulated_on} has no FP8 units, so the numbers are the same and "
                 "no time is saved"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.losses)])
 
     def _about_others(self, in_fp8: int, in_linears: int) -> list[str]:
         """What share of the whole model runs in FP8, if more than linear layers has weights."""
@@ -161,7 +161,7 @@ def convert(
         module._float8 = Float8State(plan, module.weight)  # pyright: ignore[reportArgumentType]
         module.__class__ = _float8_class(type(module))  # pyright: ignore[reportAttributeAccessIssue]
     emulated_on = _without_units(module for module, _ in plans)
-    return LayerReport(casts.rows, tuple(layers), emulated_on, _others(model))
+    return LayerReport(casts.rows, casts.losses, tuple(layers), emulated_on, _others(model))
 
 
 def revert(model: nn.Module) -> None:
