@@ -63,8 +63,9 @@ def watch(
     >>> with mixprec.watch(model) as report:
     ...     model(1000 * torch.randn(256, 64)).sum().backward()
     >>> print(report.warnings()[0])
-    0 input: 66 % of values are above E4M3's 448; use exponent -10 (-15 to -4 fit), or \
-overrides={'0': 'adaptive'}
+    0 input: 66 % of values are above E4M3's 448 at exponent 0. It needs exponent -6 (-15 to -4 \
+fit). Write mixprec.Precision('fp8').convert(model, overrides={'0': 'adaptive'}), which finds it, \
+or overrides={'0': mixprec.float8.Recipe(input=mixprec.float8.Cast(exponent=-6))}, which sets it.
     """
     _check(model, every, include, exclude)
     return Watch(choose_layers(model, include, exclude), every)
@@ -114,9 +115,11 @@ class Watch:
         return [layer.name for layer in self._layers if not layer.calls]
 
     def warnings(self) -> list[str]:
-        """Sentences on the tensors that their formats would not hold, worst first.
+        """Sentences on the tensors that their formats would not hold, worst first, with the call
+        that mends each; then what FP16 would lose of those that are FP32.
 
-        Layers that differ only in a number of their names share a sentence.
+        Layers that differ only in a number of their names share a sentence. The exponents are those
+        of `Precision.stats` for the same tensors.
         """
         return [*advice(self.rows()), *self._remarks()]
 

@@ -187,7 +187,7 @@ def _rates(row: Row) -> Iterator[str]:
     for format in formats.ALL:
         window = row.binades.window(format)
         now = row.exponent if format == row.format else 0
-        best = now if window is None or now in window else window.middle
+        best = row.best(format)
         plain, mended = row.binades.rates(format, now), row.binades.rates(format, best)
         cells = [format.name, *map(percent, plain), signed(best), *map(percent, mended)]
         fit = "all" if window is None else f"{signed(window.low)} to {signed(window.high)}"

@@ -8,10 +8,10 @@ Everything else is judged by the dtype it has.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +25,8 @@ from mixprec.binades import (
     percent,
     signed,
 )
+from mixprec.float8.advice import better, lost, remedy
+from mixprec.float8.recipe import Cast
 from mixprec.formats import E4M3, E5M2, FP16, Format
 from mixprec.text_table import aligned
 
@@ -32,9 +34,10 @@ __all__ = ["Row", "advice", "judge", "table"]
 
 _FP8 = {"input": E4M3, "weight": E4M3, "grad_output": E5M2}
 SUM_NOT_MEAN = (
-    "Gradients become 0: a loss that is a mean over n tokens makes all of them n times smaller "
-    "than a sum does. Sum it, and divide at the step: mixprec.GradientAccumulator does so with "
-    "presumed_tokens=1."
+    "Gradients become 0. If the loss is a mean over n tokens, they are n times smaller than a "
+    "sum's: write reduction='sum', and mixprec.GradientAccumulator(optimizer, presumed_tokens=1) "
+    "divides at the step. If it is a sum already, they are that small, and exponents that adapt lift "
+    "them: mixprec.Precision('fp8', recipe='adaptive')."
 )
 _NO_LOSS = Rates(0.0, 0.0, 0.0)
 
@@ -46,8 +49,8 @@ class Judge(NamedTuple):
     """None where its dtype is no format."""
     exponent: int = 0
     """A cast multiplies by 2^exponent first."""
-    scaling: str | None = None
-    """How the layer finds that exponent, if it is in FP8: "static", "adaptive" or "tensorwise"."""
+    cast: Cast | None = None
+    """How the layer casts it, if it is in FP8 and not with a multiplier for each row."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +105,34 @@ class Row:
 
     @property
     def fix(self) -> int | None:
-        """The exponent to use instead, where that is needed and helps."""
-        window = self.window
-        if window is None or self.exponent in window or window.low > window.high:
+        """The exponent to use instead, where it is cast to FP8 and that is needed and helps."""
+        format = self.format
+        if format is None or format not in _FP8.values():
             return None
-        return window.middle
+        has_exponent = self.judge.cast is None or self.judge.cast.has_exponent
+        return self._better(format, self.exponent if has_exponent else None)
+
+    def best(self, format: Format) -> int:
+        """The exponent at which `format` holds it best: as it is, if that is good enough."""
+        now = self.exponent if format == self.format else 0
+        window = self.binades.window(format)
+        if window is None or now in window:
+            return now
+        wanted = self._better(format, now)
+        return window.middle if wanted is None else wanted
+
+    def _better(self, format: Format, exponent: int | None) -> int | None:
+        rates, window = self.binades.rates(format, exponent or 0), self.binades.window(format)
+        if window is None:
+            return None
+        wanted = better(
+            2.0 ** max(self.binades.histogram),
+            format,
+            exponent,
+            saturates=rates.saturated > MAX_SATURATED,
+            flushes=rates.flushed > MAX_FLUSHED,
+        )
+        return wanted if wanted in window else None
 
     @property
     def badness(self) -> float:
@@ -122,7 +148,7 @@ class Row:
     @property
     def fault(self) -> str | None:
         """What is wrong and what to do about it; None where nothing is."""
-        return f"{_lost(self)}; {_remedy([self])}" if self.badness else None
+        return f"{_lost(self)}. {_remedy([self])}" if self.badness else None
 
 
 def judge(
@@ -131,7 +157,7 @@ def judge(
     binades: Binades,
     *,
     linear: bool,
-    cast: Any = None,
+    cast: Cast | None = None,
     exponent: int = 0,
 ) -> Judge:
     """What a tensor should fit: by its role in a linear layer, or else by its dtypes.
@@ -146,10 +172,12 @@ def judge(
     if cast is None:
         return Judge(_FP8.get(role, narrowest) if linear else narrowest)
     if cast.has_exponent:
-        return Judge(cast.format, exponent, cast.scaling)
+        return Judge(cast.format, exponent, cast)
     if cast.scaling == "rowwise":
         return Judge(narrowest)  # each row has a multiplier of its own, which one histogram hides
-    return Judge(cast.format, binades.highest(cast.format), cast.scaling)
+    highest = binades.highest(cast.format)
+    # The largest value comes to the format's largest, so nothing saturates.
+    return Judge(cast.format, highest - (binades.rates(cast.format, highest).saturated > 0), cast)
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
@@ -157,14 +185,51 @@ def advice(rows: Sequence[Row]) -> list[str]:
 
     Those that differ only in the numbers within their names, as the layers of a stack do, share
     one, which quotes the first: the worst, if `rows` are sorted so. Where gradients become 0, a
-    last sentence names the usual cause.
+    sentence names the usual cause. The last ones say what FP16 would make of what is FP32.
     """
     alike: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         if row.badness:
             alike.setdefault((_pattern([row, row]), row.role, _remedy_kind(row)), []).append(row)
     faint = any(row.role == "grad_output" and row.rates.flushed > MAX_FLUSHED for row in rows)
-    return [*map(_sentence, alike.values()), *([SUM_NOT_MEAN] if faint else [])]
+    said = [*map(_sentence, alike.values()), *([SUM_NOT_MEAN] if faint else [])]
+    return [*said, *_in_fp16([row for row in rows if "float32" in row.dtypes])]
+
+
+def _in_fp16(rows: Sequence[Row]) -> Iterator[str]:
+    """What a cast to FP16 would do to these tensors, if anything, and what to write then."""
+    above = [row for row in rows if row.binades.rates(FP16).saturated > 0]
+    if above:
+        worst = max(above, key=lambda row: row.binades.rates(FP16).saturated)
+        share = percent(worst.binades.rates(FP16).saturated)
+        yield (
+            f"In FP16 {_tensors(above)} would hold inf: of {worst.name} {share} of values are "
+            f"above 65504. Use BF16, which has the range of FP32: mixprec.cast_model(model, "
+            "'bf16')."
+        )
+    faint = [row for row in rows if row.binades.rates(FP16).flushed > MAX_FLUSHED]
+    grads = [row for row in faint if row.role.startswith("grad_")]
+    if grads:
+        worst = max(grads, key=lambda row: row.binades.rates(FP16).flushed)
+        share = percent(worst.binades.rates(FP16).flushed)
+        low = max(window.low for row in grads if (window := row.binades.window(FP16)))
+        yield (
+            f"In FP16 {_tensors(grads)} would lose gradients: of {worst.name} {share} of values "
+            f"become 0. Scale the loss, which 2^{low} times would mend: "
+            f"mixprec.MixedPrecision(optimizer, loss_scaler=mixprec.DynamicLossScaler())."
+        )
+    rest = [row for row in faint if row not in grads]
+    if rest:
+        worst = max(rest, key=lambda row: row.binades.rates(FP16).flushed)
+        share = percent(worst.binades.rates(FP16).flushed)
+        yield (
+            f"In FP16 {_tensors(rest)} would lose small values: of {worst.name} {share} become 0, "
+            f"which no loss scale mends. Use BF16: mixprec.cast_model(model, 'bf16')."
+        )
+
+
+def _tensors(rows: Sequence[Row]) -> str:
+    return "1 tensor" if len(rows) == 1 else f"{len(rows)} tensors"
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -192,18 +257,12 @@ def _lost(row: Row) -> str:
     if row.nonfinite or row.format is None:
         binades = row.binades
         return f"{binades.infs} inf and {binades.nans} NaN among {binades.values} values"
-    name, rates, lost = row.format.name.upper(), row.rates, list[str]()
-    if rates.saturated > MAX_SATURATED:
-        lost.append(f"{percent(rates.saturated)} of values are above {name}'s {row.format.max:g}")
-    if rates.flushed > MAX_FLUSHED:
-        lost.append(f"{percent(rates.flushed)} of values become 0 in {name}")
-    if not lost:
-        lost.append(
-            f"{percent(rates.subnormal)} of values are in {name}'s subnormals, where digits get "
-            f"lost, and {percent(row.zeros)} are 0"
-        )
-    at = f" at exponent {signed(row.exponent)}" if row.exponent else ""
-    return " and ".join(lost) + at
+    rates = row.rates
+    place = f"at exponent {signed(row.exponent)}" if row.format in _FP8.values() else "as it is"
+    return lost(row.format, rates.saturated, rates.flushed, place) or (
+        f"{percent(rates.subnormal)} of values are in {row.format.name.upper()}'s subnormals, "
+        f"where digits get lost, and {percent(row.zeros)} are 0"
+    )
 
 
 def _sentence(rows: Sequence[Row]) -> str:
@@ -212,7 +271,7 @@ def _sentence(rows: Sequence[Row]) -> str:
         return f"{worst.name}: {worst.fault}"
     which = "first" if worst.nonfinite else "worst"
     place = f"{_pattern(rows)} {worst.role} in {len(rows)} layers, {which} in {worst.layer}"
-    return f"{place}: {_lost(worst)}; {_remedy(rows)}"
+    return f"{place}: {_lost(worst)}. {_remedy(rows)}"
 
 
 def _pattern(rows: Sequence[Row]) -> str:
@@ -231,36 +290,25 @@ def _remedy_kind(row: Row) -> str:
         return "loss scale" if row.role.startswith("grad_") else "bf16"
     if row.fix is None:
         return "other recipe"
-    if row.judge.scaling == "adaptive":
-        return "wait"
     return "higher exponent" if row.fix > row.exponent else "lower exponent"
 
 
 def _remedy(rows: Sequence[Row]) -> str:
-    kind, layers = _remedy_kind(rows[0]), repr(_pattern(rows))
-    if kind == "wait":
-        return "exponents that adapt move at the next optimizer step"
+    worst = rows[0]
+    kind = _remedy_kind(worst)
     if kind == "none":
-        return "no exponent mends that, so find the first layer that makes them"
+        return "No exponent mends that: find the first layer that makes them."
     if kind == "bf16":
-        return "hold it in bf16"
+        return "Hold it in BF16: mixprec.cast_model(model, 'bf16')."
     if kind == "loss scale":
-        return f"raise the loss scale, 2^{max(map(_lift, rows))} times as high would do"
-    if kind == "other recipe":
         return (
-            f"no exponent holds both ends, use overrides={{{layers}: 'rowwise'}} or "
-            f"overrides={{{layers}: 'bf16'}}"
+            f"Raise the loss scale 2^{max(map(_lift, rows))} times, or let it find its size: "
+            f"mixprec.MixedPrecision(optimizer, loss_scaler=mixprec.DynamicLossScaler())."
         )
-    return f"use {_exponents(rows)}, or overrides={{{layers}: 'adaptive'}}"
-
-
-def _exponents(rows: Sequence[Row]) -> str:
-    """The exponents proposed: one with all that fit, or the lowest and the highest of several."""
-    window, fixes = rows[0].window, [row.fix for row in rows if row.fix is not None]
-    if len(rows) == 1 and window is not None:
-        return f"exponent {signed(fixes[0])} ({signed(window.low)} to {signed(window.high)} fit)"
-    low, high = signed(min(fixes)), signed(max(fixes))
-    return f"exponent {low}" if low == high else f"exponents {low} to {high}"
+    fixes = [row.fix for row in rows if row.fix is not None]
+    window = worst.window if len(rows) == 1 else None
+    assert worst.format is not None
+    return remedy(_pattern(rows), worst.role, worst.judge.cast, worst.format, fixes, window)
 
 
 def _lift(row: Row) -> int:

@@ -74,9 +74,10 @@ def test_no_exponent_is_proposed_where_both_ends_lose() -> None:
     r = row("a.down", "input", Cast(), 0, counters(2.0**12, 30, 100))
     assert r.fix is None
     assert Stats((r,)).warnings() == [
-        "a.down input: 3 % of values are above E4M3's 448 and 10 % of values become 0 in E4M3 "
-        "(exponent 0, largest 2^12.0); no exponent holds both ends, use overrides={'a.down': "
-        "'rowwise'} or overrides={'a.down': 'bf16'}"
+        "a.down input: 3 % of values are clipped to E4M3's 448 and 10 % of values become 0 in E4M3 "
+        "at exponent 0, and the largest is 2^12.0. No exponent holds both its ends. Write "
+        "mixprec.Precision('fp8').revert(model) and convert(model, overrides={'a.down': "
+        "'rowwise'}), which gives each row its own, or overrides={'a.down': 'bf16'}."
     ]
 
 
@@ -88,16 +89,25 @@ def test_no_higher_exponent_is_proposed_where_the_largest_value_leaves_no_room()
 @pytest.mark.parametrize(
     ("scaling", "remedy"),
     [
-        ("tensorwise", "use overrides={'a': 'rowwise'} or overrides={'a': 'bf16'}"),
-        ("rowwise", "use overrides={'a': 'bf16'}"),
+        (
+            "tensorwise",
+            "No exponent holds both its ends. Write mixprec.Precision('fp8').revert(model) and "
+            "convert(model, overrides={'a': 'rowwise'}), which gives each row its own, or "
+            "overrides={'a': 'bf16'}.",
+        ),
+        (
+            "rowwise",
+            "A multiplier for each row does not hold it. Write mixprec.Precision('fp8')."
+            "revert(model) and convert(model, overrides={'a': 'bf16'}).",
+        ),
     ],
 )
 def test_multipliers_of_their_own_are_no_exponent_to_change(scaling: Any, remedy: str) -> None:
     r = row("a", "grad_output", Cast(E5M2, scaling), None, counters(1e-20, 0, 600))
     assert r.fix is None
     assert Stats((r,)).warnings() == [
-        f"a grad_output: 60 % of values become 0 in E5M2 ({scaling}, largest 2^-66.4); no exponent "
-        f"holds both ends, {remedy}"
+        f"a grad_output: 60 % of values become 0 in E5M2 ({scaling}), and the largest is 2^-66.4. "
+        f"{remedy}"
     ]
 
 
@@ -106,9 +116,9 @@ def test_an_adaptive_exponent_is_not_to_be_changed_by_hand() -> None:
     moved = row("a", "input", plan, -4, counters(2.0**10, 30))
     moving = row("b", "input", plan, 0, counters(2.0**10, 30))
     assert moved.fix is None and moving.fix == -4
-    assert [warning.partition("; ")[2] for warning in Stats((moved, moving)).warnings()] == [
-        "the exponent has moved there since, so this should be over",
-        "the next step moves the exponent to -4",
+    assert [warning.partition("2^10.0. ")[2] for warning in Stats((moved, moving)).warnings()] == [
+        "The exponent has moved to -4 since, which should end it.",
+        "It adapts: the next optimizer step moves its exponent to -4.",
     ]
 
 
@@ -120,15 +130,18 @@ def test_warnings_come_worst_first() -> None:
         row("overflow", "input", Cast(), 0, counters(math.inf, 5, 0, 3)),
         row("many", "input", Cast(), 0, counters(2.0**11, 20)),
     )
-    assert Stats(rows).warnings() == [
-        "overflow input: 3 of 1000 values are inf or NaN, which no exponent mends; look for the "
-        "first layer that makes them, or lower the loss scale",
-        "many input: 2 % of values are above E4M3's 448 (exponent 0, largest 2^11.0); use exponent "
-        "-5, or overrides={'many': 'adaptive'}",
-        "few input: 0.2 % of values are above E4M3's 448 (exponent 0, largest 2^11.0); use "
-        "exponent -5, or overrides={'few': 'adaptive'}",
-        "zeros grad_output: 31 % of values become 0 in E5M2 (exponent 0, largest 2^-17.0); use "
-        "exponent +30, or overrides={'zeros': 'adaptive'}",
+    overflow, *others = Stats(rows).warnings()
+    assert overflow == (
+        "overflow input: 3 of 1000 values are inf or NaN, which no exponent mends. Look for the "
+        "first layer that makes them with mixprec.watch(model), or lower the loss scale."
+    )
+    assert [warning.partition(" Write")[0] for warning in others] == [
+        "many input: 2 % of values are clipped to E4M3's 448 at exponent 0, and the largest is "
+        "2^11.0. It needs exponent -5.",
+        "few input: 0.2 % of values are clipped to E4M3's 448 at exponent 0, and the largest is "
+        "2^11.0. It needs exponent -5.",
+        "zeros grad_output: 31 % of values become 0 in E5M2 at exponent 0, and the largest is "
+        "2^-17.0. It needs exponent +30.",
     ]
 
 
@@ -220,10 +233,12 @@ def test_stats_of_a_model_are_those_of_its_last_step(recipe: str) -> None:
     assert (first.saturated > 0.5) == (not dynamic)
     remedies = [w for w in stats.warnings() if w.startswith("0 input")]
     wanted = {
-        "static": f"use exponent {first.fix}, or overrides={{'0': 'adaptive'}}",
-        "adaptive": "the exponent has moved there since, so this should be over",
+        "static": f"It needs exponent {first.fix}.",
+        "adaptive": f"The exponent has moved to {first.fitting} since, which should end it.",
     }
-    assert [w.partition("; ")[2] for w in remedies] == ([] if dynamic else [wanted[recipe]])
+    assert [
+        w.partition(f"2^{first.log2_amax:.1f}. ")[2].partition(" Write")[0] for w in remedies
+    ] == ([] if dynamic else [wanted[recipe]])
 
 
 @pytest.mark.gpu

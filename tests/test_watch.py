@@ -539,11 +539,13 @@ def watched(sizes: list[float]) -> Watch:
 def test_a_sentence_names_the_layer_the_loss_and_the_exponents_that_fit() -> None:
     report = watched([1.0, 300.0])
     assert report.warnings() == [
-        "1.down input: 13 % of values are above E4M3's 448; use exponent -8 (-14 to -2 fit), or "
-        "overrides={'1.down': 'adaptive'}"
+        "1.down input: 13 % of values are above E4M3's 448 at exponent 0. It needs exponent -4 "
+        "(-14 to -2 fit). Write mixprec.Precision('fp8').convert(model, overrides={'1.down': "
+        "'adaptive'}), which finds it, or overrides={'1.down': mixprec.float8.Recipe("
+        "input=mixprec.float8.Cast(exponent=-4))}, which sets it."
     ]
     row = report.rows()[0]
-    assert row.fix == -8 and row.name == "1.down input"
+    assert row.fix == -4 and row.name == "1.down input"
     x = 300.0 * random(64, 64)
     assert row.rates.saturated == float((x.abs() > 448).double().mean())
     for exponent, fits in [(-15, False), (-14, True), (-8, True), (-2, True), (-1, False)]:
@@ -552,10 +554,13 @@ def test_a_sentence_names_the_layer_the_loss_and_the_exponents_that_fit() -> Non
 
 def test_layers_that_differ_in_a_number_share_a_sentence() -> None:
     assert watched([300.0, 1.0, 3000.0, 1e-6]).warnings() == [
-        "*.down input in 2 layers, worst in 2.down: 87 % of values are above E4M3's 448; use "
-        "exponents -11 to -8, or overrides={'*.down': 'adaptive'}",
-        "3.down input: 100 % of values become 0 in E4M3; use exponent +20 (+15 to +26 fit), or "
-        "overrides={'3.down': 'adaptive'}",
+        "*.down input in 2 layers, worst in 2.down: 87 % of values are above E4M3's 448 at "
+        "exponent 0. They need exponents -7 to -4. Write mixprec.Precision('fp8').convert(model, "
+        "overrides={'*.down': 'adaptive'}), which finds them.",
+        "3.down input: 100 % of values become 0 in E4M3 at exponent 0. It needs exponent +24 (+15 "
+        "to +26 fit). Write mixprec.Precision('fp8').convert(model, overrides={'3.down': "
+        "'adaptive'}), which finds it, or overrides={'3.down': mixprec.float8.Recipe("
+        "input=mixprec.float8.Cast(exponent=24))}, which sets it.",
     ]
     # The last part of a name tells the layers of one block apart.
     model = two_linears()
@@ -571,10 +576,11 @@ def test_a_tensor_too_wide_for_any_exponent_is_told_so() -> None:
         model.weight.copy_(2.0 ** torch.linspace(-40, 20, 64 * 64).view(64, 64))
     with mixprec.watch(model) as report:
         model(random(8, 64))
-    (warning,) = report.warnings()
-    assert warning == (
-        "(model) weight: 19 % of values are above E4M3's 448 and 50 % of values become 0 in E4M3; "
-        "no exponent holds both ends, use overrides={'*': 'rowwise'} or overrides={'*': 'bf16'}"
+    assert report.warnings()[0] == (
+        "(model) weight: 19 % of values are above E4M3's 448 and 50 % of values become 0 in E4M3 "
+        "at exponent 0. No exponent holds both its ends. Write mixprec.Precision('fp8').convert("
+        "model, overrides={'*': 'rowwise'}), which gives each row its own, or "
+        "overrides={'*': 'bf16'}."
     )
 
 
@@ -586,8 +592,8 @@ def test_inf_and_nan_come_first() -> None:
         model(x)
     assert report.rows()[0].nonfinite
     assert report.warnings()[0] == (
-        "0 input: 1 inf and 1 NaN among 512 values; no exponent mends that, so find the first "
-        "layer that makes them"
+        "0 input: 1 inf and 1 NaN among 512 values. No exponent mends that: find the first layer "
+        "that makes them."
     )
 
 
@@ -600,12 +606,15 @@ def test_small_fp16_gradients_want_a_higher_loss_scale_and_activations_bf16() ->
     said = {w.partition(":")[0]: w for w in report.warnings()}
     assert said["(model) grad_output"] == (
         "(model) grad_output: 100 % of values are in FP16's subnormals, where digits get lost, and "
-        "0 are 0; raise the loss scale, 2^6 times as high would do"
+        "0 are 0. Raise the loss scale 2^6 times, or let it find its size: "
+        "mixprec.MixedPrecision(optimizer, loss_scaler=mixprec.DynamicLossScaler())."
     )
     model = nn.LayerNorm(64).half()
     with mixprec.watch(model) as report:
         model(1e-6 * random(64, 64).half())
-    assert report.warnings()[0].endswith("are 0; hold it in bf16")
+    assert report.warnings()[0].endswith(
+        "are 0. Hold it in BF16: mixprec.cast_model(model, 'bf16')."
+    )
 
 
 def test_the_table_has_a_line_a_tensor_and_the_sentences_follow() -> None:
@@ -614,7 +623,7 @@ def test_the_table_has_a_line_a_tensor_and_the_sentences_follow() -> None:
     assert lines[0].split() == [
         *("layer", "role", "dtype", "binades", "zero", "as", "saturated", "to", "zero", "use")
     ]
-    assert lines[1].split() == ("1.down input float32 2^-3 to 2^11 0 e4m3 13 % 0 -8".split())
+    assert lines[1].split() == ("1.down input float32 2^-3 to 2^11 0 e4m3 13 % 0 -4".split())
     assert len(lines) == 1 + 6 + 1 + 1
     assert lines[-1] == report.warnings()[0]
     assert str(watched([1.0])).count("\n") == 3  # nothing to say
@@ -684,8 +693,13 @@ def test_gradients_of_a_mean_become_zero_and_the_last_sentence_says_so() -> None
 
     assert warnings("sum") == []
     flushed, cause = warnings("mean")
-    assert "grad_output: 99 % of values become 0 in E5M2; use exponent +" in flushed
-    assert cause.startswith("Gradients become 0: a loss that is a mean over n tokens")
+    assert "grad_output: 99 % of values become 0 in E5M2 at exponent 0. It needs" in flushed
+    assert cause == (
+        "Gradients become 0. If the loss is a mean over n tokens, they are n times smaller than a "
+        "sum's: write reduction='sum', and mixprec.GradientAccumulator(optimizer, "
+        "presumed_tokens=1) divides at the step. If it is a sum already, they are that small, and "
+        "exponents that adapt lift them: mixprec.Precision('fp8', recipe='adaptive')."
+    )
 
 
 # ------------------------------------------------------------------ layers in FP8 already
@@ -712,29 +726,31 @@ def test_a_layer_in_fp8_is_judged_by_its_own_cast() -> None:
     fits = Recipe(input=Cast(exponent=-10))
     _, report = converted(fits, 1e5)
     row = rows_of(report)["0 input"]
-    assert (row.kind, row.exponent, row.judge.scaling) == ("Float8Linear", -10, "static")
+    assert (row.kind, row.exponent, row.judge.cast) == ("Float8Linear", -10, Cast(exponent=-10))
     assert row.fault is None and row.rates == row.binades.rates(mixprec.formats.E4M3, -10)
     assert "judged as e4m3 at exponent -10" in report.html()
 
     _, report = converted("static", 1e5)
     row = rows_of(report)["0 input"]
     assert row.fault is not None and row.fault.startswith(
-        "100 % of values are above E4M3's 448; use"
+        "100 % of values are above E4M3's 448 at exponent 0. It needs exponent -"
     )
 
     lifted = Recipe(input=Cast(exponent=12))
     _, report = converted(lifted, 1.0)
     row = rows_of(report)["0 input"]
     assert row.fault == (
-        "91 % of values are above E4M3's 448 at exponent +12; use exponent 0 (-5 to +6 fit), or "
-        "overrides={'0': 'adaptive'}"
+        "91 % of values are above E4M3's 448 at exponent +12. It needs exponent +4 (-5 to +6 fit). "
+        "Write mixprec.Precision('fp8').revert(model) and convert(model, overrides={'0': "
+        "'adaptive'}), which finds it, or overrides={'0': mixprec.float8.Recipe("
+        "input=mixprec.float8.Cast(exponent=4))}, which sets it."
     )
 
 
 def test_adaptive_exponents_are_those_that_they_have_come_to() -> None:
     _, report = converted("adaptive", 1e5)
     row = rows_of(report)["0 input"]
-    assert row.judge.scaling == "adaptive" and row.exponent < -8
+    assert row.judge.cast == Cast(scaling="adaptive") and row.exponent < -8
     assert row.fault is None
 
 

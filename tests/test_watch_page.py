@@ -110,7 +110,7 @@ def test_the_table_of_a_tensor_has_every_formats_losses_before_and_after() -> No
     assert r.fix is not None and r.window is not None
     losses = [f"{100 * share:.2g} %" if share else "0" for share in r.binades.rates(formats.E4M3)]
     assert cells[:4] == ["e4m3", "13 %", *losses[1:]]
-    assert cells[4] == "-8" and cells[5] == "0" and cells[-1] == "-14 to -2"
+    assert cells[4] == "-4" and cells[5] == "0" and cells[-1] == "-14 to -2"
     assert text.count("<td>fp16</td>") == 2  # in the summary and in the table
 
 

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from mixprec.binades import MAX_FLUSHED, MAX_SATURATED, percent, signed
 from mixprec.devices import to_host
+from mixprec.float8.advice import better, fitting, lost, remedy
 from mixprec.float8.cast import AMAX_BITS, FLUSHED, NON_FINITE, NUM_COUNTERS, SATURATED, SEEN
 from mixprec.float8.conversion import float8_layers
-from mixprec.float8.exponents import exponents_of, fitting_exponent, top_of
+from mixprec.float8.exponents import exponents_of
 from mixprec.float8.recipe import Cast
 from mixprec.formats import Format
 from mixprec.text_table import aligned
@@ -86,18 +87,14 @@ class Row:
     @property
     def fitting(self) -> int | None:
         """The exponent that leaves one to two binades above the largest value seen."""
-        if not 0 < self.amax < math.inf:
-            return None
-        return int(fitting_exponent(torch.tensor(self.amax), top_of(self.format)))
+        return fitting(self.amax, self.format)
 
     @property
     def fix(self) -> int | None:
         """The exponent to use instead; None if nothing is wrong, or no exponent would mend it."""
-        fitting = self.fitting
-        if self.exponent is None or fitting is None or self.saturates == self.flushes:
-            return None
-        helps = fitting < self.exponent if self.saturates else fitting > self.exponent
-        return fitting if helps else None
+        return better(
+            self.amax, self.format, self.exponent, saturates=self.saturates, flushes=self.flushes
+        )
 
 
 @dataclass(frozen=True)
@@ -120,11 +117,16 @@ class Stats:
         >>> from mixprec.float8.stats import Stats, row
         >>> counters = torch.tensor([0x44800000, 30, 0, 0, 1000, 0, 0, 0])  # 0x44800000 is 1024.0
         >>> print(*Stats((row("mlp.down", "input", Cast(), 0, counters),)).warnings())
-        mlp.down input: 3 % of values are above E4M3's 448 (exponent 0, largest 2^10.0); use \
-exponent -4, or overrides={'mlp.down': 'adaptive'}
+        mlp.down input: 3 % of values are clipped to E4M3's 448 at exponent 0, and the largest is \
+2^10.0. It needs exponent -4. Write mixprec.Precision('fp8').revert(model) and convert(model, \
+overrides={'mlp.down': 'adaptive'}), which finds it, or overrides={'mlp.down': \
+mixprec.float8.Recipe(input=mixprec.float8.Cast(exponent=-4))}, which sets it.
         """
         found = [row for row in self.rows if row.nonfinite or row.saturates or row.flushes]
-        return [f"{row.layer} {row.role}: {_fault(row)}" for row in sorted(found, key=_severity)]
+        return [
+            f"{row.layer or '(model)'} {row.role}: {_fault(row)}"
+            for row in sorted(found, key=_severity)
+        ]
 
 
 def stats(model: nn.Module) -> Stats:
@@ -235,27 +237,20 @@ def _severity(row: Row) -> tuple[bool, float, float]:
 def _fault(row: Row) -> str:
     if row.nonfinite:
         return (
-            f"{row.nonfinite} of {row.values} values are inf or NaN, which no exponent mends; look "
-            f"for the first layer that makes them, or lower the loss scale"
+            f"{row.nonfinite} of {row.values} values are inf or NaN, which no exponent mends. Look "
+            f"for the first layer that makes them with mixprec.watch(model), or lower the loss "
+            f"scale."
         )
-    name, limit = row.format.name.upper(), f"{row.format.max:g}"
-    place = row.cast.scaling if row.exponent is None else f"exponent {signed(row.exponent)}"
-    lost: list[str] = []
-    if row.saturates:
-        lost.append(f"{percent(row.saturated)} of values are above {name}'s {limit}")
-    if row.flushes:
-        lost.append(f"{percent(row.flushed)} of values become 0 in {name}")
-    return f"{' and '.join(lost)} ({place}, largest {_largest(row)}); {_remedy(row)}"
+    place = (
+        f"({row.cast.scaling})" if row.exponent is None else f"at exponent {signed(row.exponent)}"
+    )
+    what = lost(row.format, row.saturated, row.flushed, place, how="clipped to")
+    return f"{what}, and the largest is {_largest(row)}. {_remedy(row)}"
 
 
 def _remedy(row: Row) -> str:
-    adapts = row.cast.scaling == "adaptive"
-    if adapts and row.saturates != row.flushes and row.exponent == row.fitting:
-        return "the exponent has moved there since, so this should be over"
-    if row.fix is not None and adapts:
-        return f"the next step moves the exponent to {signed(row.fix)}"
-    if row.fix is not None:
-        return f"use exponent {signed(row.fix)}, or overrides={{{row.layer!r}: 'adaptive'}}"
-    others = ["bf16"] if row.cast.scaling == "rowwise" else ["rowwise", "bf16"]
-    ways = " or ".join(f"overrides={{{row.layer!r}: {other!r}}}" for other in others)
-    return f"no exponent holds both ends, use {ways}"
+    moved = row.cast.scaling == "adaptive" and row.exponent == row.fitting
+    if moved and row.saturates != row.flushes:
+        return f"The exponent has moved to {signed(row.fitting or 0)} since, which should end it."
+    fixes = [] if row.fix is None else [row.fix]
+    return remedy(row.layer or "*", row.role, row.cast, row.format, fixes)
