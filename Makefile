@@ -10,7 +10,7 @@ SIDE_BY_SIDE ?= -n auto --maxprocesses 8 --dist worksteal
 demo: $(VENV)/.base
 	$(BIN)/mixprec demo $(ARGS)
 
-test: $(VENV)/.test lint types
+test: $(VENV)/.test lint types docs
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 lint: $(VENV)/.test
@@ -26,9 +26,9 @@ test-slow: $(VENV)/.test
 test-thirdparty: $(VENV)/.thirdparty
 	$(BIN)/python -m pytest -m thirdparty $(ARGS)
 
-docs: $(VENV)/.base
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
-	$(BIN)/sphinx-build -W -b html docs docs/_build
+# -E reads every page anew: Sphinx does not warn again of one that it has kept.
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -q -E -W --keep-going -b html docs docs/_build
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,10 @@ $(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 $(VENV)/.thirdparty: $(VENV)/.test

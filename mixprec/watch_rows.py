@@ -36,8 +36,8 @@ _FP8 = {"input": E4M3, "weight": E4M3, "grad_output": E5M2}
 SUM_NOT_MEAN = (
     "Gradients become 0. If the loss is a mean over n tokens, they are n times smaller than a "
     "sum's: write reduction='sum', and mixprec.GradientAccumulator(optimizer, presumed_tokens=1) "
-    "divides at the step. If it is a sum already, they are that small, and exponents that adapt lift "
-    "them: mixprec.Precision('fp8', recipe='adaptive')."
+    "divides at the step. If it is a sum already, they are that small, and exponents that adapt "
+    "lift them: mixprec.Precision('fp8', recipe='adaptive')."
 )
 _NO_LOSS = Rates(0.0, 0.0, 0.0)
 

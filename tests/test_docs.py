@@ -17,6 +17,8 @@ import importlib
 import io
 import re
 import shlex
+import shutil
+import subprocess
 import traceback
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -203,6 +205,22 @@ def follow(page: Path) -> None:
 @every_page
 def test_links_of_the_page_lead_somewhere(page: Path) -> None:
     follow(page)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """conf.py makes it of the links in index.md, and Sphinx refuses a page that is in none."""
+    index = (DOCS / "index.md").read_text("utf-8")
+    linked = {(DOCS / link).resolve() for _, link in links(index)}
+    assert {page for page in PAGES if DOCS in page.parents} - linked == {DOCS / "index.md"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_test_command_builds_the_site() -> None:
+    made = subprocess.run(
+        ["make", "--dry-run", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "-e '.[docs]'" in made or (ROOT / ".venv" / ".docs").exists()
+    assert re.search(r"sphinx-build\b.* -W .* docs ", made)
 
 
 # ------------------------------------------------------------------ what is said
