@@ -2,10 +2,13 @@
 
 How a page is read. Its Python blocks run in order in one namespace, in an empty directory:
 
-    ```python   runs; a `text` block right below it has to be what it printed
+    ```python   runs; a `text` block right below it has to be what it printed (under the Python
+                that is named, as in ```text python3.11, where it depends on that)
     ```pycon    runs, and every shown result is compared, as in a doctest
-    ```console  each `mixprec ...` command has to parse; it is not run
-    ```diff, ```text and everything else is for reading
+    ```console  each `mixprec ...` command has to parse; a `text` block right below it has to be
+                what `mixprec formats` prints; others take minutes or speak of the machine
+    ```diff    runs as it was and as it is, each without what stands above it on the page
+    ```text and everything else is for reading
 
     <!-- test: x = stand_in() -->   runs before the block below; no reader sees it on the page
 """
@@ -19,10 +22,11 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import getdoc
 from itertools import zip_longest
 from pathlib import Path
@@ -65,7 +69,7 @@ def blocks(text: str) -> Iterator[Block]:
     for match, following in zip_longest(matches, matches[1:]):
         part = "code" if match["setup"] is None else "setup"
         line = text.count("\n", 0, match.start(part)) + 1
-        shown = following if following and following["language"] == "text" else None
+        shown = following if following and _is_output(following["language"] or "") else None
         below = shown and text[match.end() : shown.start()].isspace()
         yield Block(
             language=(match["language"] or "setup").strip(),
@@ -81,6 +85,12 @@ def prose(text: str) -> str:
     return re.sub(r"`[^`\n]*`", "``", bare)
 
 
+def _is_output(language: str) -> bool:
+    """Whether a block is output to compare: `text`, or that of one Python, `text python3.11`."""
+    kind, _, version = language.strip().partition(" python")
+    return kind == "text" and version in ("", "{}.{}".format(*sys.version_info))
+
+
 class Wrong(AssertionError):
     """What is wrong on a page, and where."""
 
@@ -93,6 +103,15 @@ def run(page: Path) -> None:
             _run_session(page, block, namespace)
         elif block.language in ("python", "setup"):
             _run_code(page, block, namespace)
+        elif block.language == "diff":
+            for side in ("-", "+"):
+                _run_code(page, replace(block, code=one_side(block.code, side)), {})
+
+
+def one_side(diff: str, side: str) -> str:
+    """The code before ("-") or after ("+") a change, line for line."""
+    lines = diff.splitlines()
+    return "\n".join(line[2:] if line[:1] in ("", " ", side) else "" for line in lines)
 
 
 def _run_code(page: Path, block: Block, namespace: dict[str, Any]) -> None:
@@ -125,6 +144,23 @@ def _run_session(page: Path, block: Block, namespace: dict[str, Any]) -> None:
     doctest.DocTestRunner(verbose=False).run(test, out=report.write, clear_globs=False)
     if report.getvalue():
         raise Wrong(report.getvalue())
+
+
+def test_the_readme_has_no_code_that_its_reader_does_not_see() -> None:
+    readme = list(blocks((ROOT / "README.md").read_text("utf-8")))
+    assert "setup" not in {block.language for block in readme}
+    for block in readme:
+        if block.language == "python":
+            with torch.random.fork_rng(devices=[]):
+                _run_code(ROOT / "README.md", block, {"__name__": "__main__"})
+
+
+@every_page
+def test_what_the_page_prints_is_shown_below_and_compared(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for block in blocks(re.sub(r"^```text python[\d.]+$", "```text", text, flags=re.MULTILINE)):
+        prints = block.language == "python" and "print(" in block.code
+        assert not prints or block.shows, f"{page}:{block.line}: prints what no page shows"
 
 
 @every_page
@@ -160,6 +196,17 @@ def parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 status = stop.code
             if status:
                 raise Wrong(f"{page}:{line}: {text}: exit status {status}")
+
+
+@every_page
+def test_formats_prints_what_the_page_shows(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in blocks(page.read_text("utf-8")):
+        if block.language == "console" and block.shows is not None:
+            ((line, command),) = commands(block)
+            program, name, *arguments = shlex.split(command)
+            if (program, name) == ("mixprec", "formats"):
+                assert main([name, *arguments]) == 0
+                assert capsys.readouterr().out == block.shows, f"{page}:{line}: {command}"
 
 
 @every_page
@@ -252,6 +299,8 @@ def test_page_names_no_path_of_one_machine(page: Path) -> None:
         ("<!-- test:\nx = 1\n-->\n\n```python\nx / 0\n```\n", ":6: x / 0\nZeroDivisionError"),
         ("```python\nx = 1\n```\n\n```pycon\n>>> x\n2\n```\n", "line 6, in"),
         ("```python\nimport warnings\nwarnings.warn('no')\n```\n", ":3: warnings.warn"),
+        ("```python\nx = 1\n```\n```diff\n- y = x\n+ y = 1\n```\n", ":5: - y = x\nNameError"),
+        ("```diff\n  y = 0\n- y / 1\n+ y / y\n```\n", ":4: + y / y\nZeroDivisionError"),
     ],
 )
 def test_fault_in_code_is_found_with_its_line(text: str, where: str, tmp_path: Path) -> None:
