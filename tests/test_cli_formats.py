@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import importlib
+import io
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +136,40 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == f"mixprec {mixprec.__version__}\n"
 
 
-def test_the_module_runs_as_a_program() -> None:
-    command = [sys.executable, "-m", "mixprec.cli", "formats", "-1e-9"]
+@pytest.mark.parametrize("module", ["mixprec", "mixprec.cli"])
+def test_the_module_runs_as_a_program(module: str) -> None:
+    command = [sys.executable, "-m", module, "formats", "-1e-9"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("-1e-09, held in FP32")
+
+
+def test_a_reader_that_has_read_enough_ends_a_command_quietly() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "mixprec", "formats"]
+    done = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (128 + 13, "")
+
+
+def test_a_command_that_is_interrupted_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.import_module("mixprec.cli.formats"), "run", interrupted)
+    assert main(["formats"]) == 130
+
+
+def test_what_an_encoding_lacks_is_written_as_a_question_mark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+
+    def print_braille(args: object) -> int:
+        print("\u28ff")
+        return 0
+
+    monkeypatch.setattr(importlib.import_module("mixprec.cli.formats"), "run", print_braille)
+    assert main(["formats"]) == 0
+    assert written.getvalue().strip() == b"?"

@@ -71,7 +71,7 @@ def is_kernels(name: str) -> bool:
 
 
 def belongs_to_cli(name: str) -> bool:
-    return name == "mixprec.cli" or name.startswith("mixprec.cli.")
+    return name in ("mixprec.cli", "mixprec.__main__") or name.startswith("mixprec.cli.")
 
 
 LIBRARY = sorted(name for name in MODULES if name != "mixprec" and not belongs_to_cli(name))

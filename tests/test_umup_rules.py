@@ -604,7 +604,7 @@ def test_the_command_prints_the_table_of_a_model_in_a_file(
     assert main(["umup", "table", f"{file}:net", "--format", "json"]) == 0
     assert json.loads(capsys.readouterr().out)
     for place, message in (
-        (f"{tmp_path}/none.py:model", "names no file; write it as FILE.py:NAME"),
+        (f"{tmp_path}/none.py:model", "is read as FILE.py:NAME"),
         (f"{file}:absent", "has no 'absent'"),
     ):
         assert main(["umup", "table", place]) == 1

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +24,10 @@ COMMANDS = {
     "formats": "list the number formats, or show what each makes of a number",
     "umup": "print the learning rate of every parameter of a model, and why",
 }
+
+
+_BROKEN_PIPE = 128 + 13
+"""What a shell says of a command that SIGPIPE, which Windows lacks, has ended."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,4 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     args = parser.parse_args(arguments)
-    return int(args.run(args))
+    _write_what_the_encoding_lacks()
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # Who reads has read enough, as `head` does. At its exit Python would flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _write_what_the_encoding_lacks() -> None:
+    """As a question mark, rather than to fail where a terminal or a file has no UTF-8."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")

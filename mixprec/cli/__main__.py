@@ -1,4 +1,4 @@
-"""`python -m mixprec.cli`, for environments whose scripts are not on PATH."""
+"""`python -m mixprec.cli`, which is `python -m mixprec`."""
 
 import sys
 
