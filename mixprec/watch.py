@@ -15,10 +15,13 @@ anything down, nor breaks a graph.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from datetime import datetime
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import nn
 from typing_extensions import Self
 
@@ -68,14 +71,18 @@ fit). Write mixprec.Precision('fp8').convert(model, overrides={'0': 'adaptive'})
 or overrides={'0': mixprec.float8.Recipe(input=mixprec.float8.Cast(exponent=-6))}, which sets it.
     """
     _check(model, every, include, exclude)
-    return Watch(choose_layers(model, include, exclude), every)
+    return Watch(choose_layers(model, include, exclude), every, type(model).__name__)
 
 
 class Watch:
     """Counts while it runs, and is the report. `watch` makes one."""
 
-    def __init__(self, layers: Sequence[Layer], every: int) -> None:
+    def __init__(self, layers: Sequence[Layer], every: int, model: str) -> None:
         self.every = every
+        self.about = (
+            f"{model}, {len(layers)} layers, watched from {datetime.now():%Y-%m-%d %H:%M} on with "
+            f"mixprec {_version()} and torch {torch.__version__}"
+        )
         self.running = True
         self._layers = layers
         self._rows: tuple[Row, ...] | None = None
@@ -125,7 +132,7 @@ class Watch:
 
     def html(self) -> str:
         """The report as one HTML document that refers to no other file."""
-        return page(self.rows(), self.warnings())
+        return page(self.rows(), self.warnings(), self.about)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write `html()` to the file `path`."""
@@ -156,6 +163,11 @@ class Watch:
             f"leaves hooks out. For the last, run the watched steps in `with "
             f'torch.compiler.set_stance("force_eager"):`'
         ]
+
+
+def _version() -> str:
+    # Not by an import, which would make this module depend on all others.
+    return str(vars(sys.modules["mixprec"])["__version__"])
 
 
 def _check(

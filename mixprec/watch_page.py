@@ -40,7 +40,9 @@ th,td{padding:.1rem .6rem;white-space:nowrap;text-align:right;font-weight:400;
 border-bottom:1px solid var(--line)}
 th{color:var(--quiet)} th:first-child,td:first-child{text-align:left} tr.judged td{font-weight:600}
 summary{cursor:pointer;color:var(--quiet);font-size:13px} p{margin:.3rem 0} li{margin:.3rem 0}
-svg{display:block;width:100%;height:auto} svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
+h1,h3,p,li{overflow-wrap:anywhere} .wide{overflow-x:auto}
+svg{display:block;width:100%;min-width:560px;height:auto}
+svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
 .kept{fill:var(--kept)} .subnormal{fill:var(--subnormal)} .saturated{fill:var(--saturated)}
 .flushed{fill:var(--flushed)} .axis{stroke:var(--line)} .range{stroke:var(--quiet)}
 .judged.range{stroke:var(--kept)} .moved{fill:none;stroke:var(--quiet);stroke-dasharray:4 3}
@@ -50,19 +52,24 @@ svg{display:block;width:100%;height:auto} svg text{font:11px system-ui,sans-seri
 """
 
 
-def page(rows: Sequence[Row], sentences: Sequence[str]) -> str:
+def page(rows: Sequence[Row], sentences: Sequence[str], about: str = "") -> str:
     """An HTML document about `rows`, in their order, below `sentences` on what to do.
 
-    The same rows give the same text, to the byte.
+    Tables and pictures that a phone has no room for scroll in place. The same rows give the same
+    text, to the byte.
+
+    Args:
+        about: a line below the title, on what was watched.
     """
     scale = _Scale.around(rows)
     faulty = [row for row in rows if row.fault]
     sound = [row for row in rows if not row.fault]
     parts = [
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
         f"<title>Where the values are</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
         "<h1>Where the values are, and which formats hold them</h1>",
+        *([f'<p class="quiet">{escaped(about)}</p>'] if about else []),
         *_advice(sentences),
         *_summary(rows),
         *_legend(),
@@ -115,7 +122,7 @@ def _advice(sentences: Sequence[str]) -> Iterator[str]:
 
 def _summary(rows: Sequence[Row]) -> Iterator[str]:
     """For each format, how many of the tensors it would hold."""
-    yield "<h2>All tensors in each format</h2>\n<table>"
+    yield '<h2>All tensors in each format</h2>\n<div class="wide"><table>'
     yield "<tr><th>format</th><th>fit as they are</th><th>fit at another exponent</th>"
     yield "<th>fit at none</th></tr>"
     for format in formats.ALL:
@@ -124,7 +131,7 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
         never = sum(window is not None and window.low > window.high for window in windows)
         cells = (format.name, fit, len(rows) - fit - never, never)
         yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    yield "</table>"
+    yield "</table></div>"
 
 
 def _legend() -> Iterator[str]:
@@ -181,7 +188,7 @@ def _counted(binades: Binades) -> str:
 def _rates(row: Row) -> Iterator[str]:
     """What every format loses, as it is and at its best exponent."""
     losses = "<th>above</th><th>subnormal</th><th>to zero</th>"
-    yield '<table>\n<tr><th></th><th colspan="3">as it is</th>'
+    yield '<div class="wide"><table>\n<tr><th></th><th colspan="3">as it is</th>'
     yield '<th colspan="4">at the best exponent</th><th></th></tr>'
     yield f"<tr><th>format</th>{losses}<th>exponent</th>{losses}<th>all that fit</th></tr>"
     for format in formats.ALL:
@@ -194,12 +201,13 @@ def _rates(row: Row) -> Iterator[str]:
         cells.append("none" if window is not None and window.low > window.high else fit)
         marked = ' class="judged"' if format == row.format else ""
         yield f"<tr{marked}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    yield "</table>"
+    yield "</table></div>"
 
 
 def _strip(row: Row, scale: _Scale) -> str:
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(row.name)}">',
+        f'<div class="wide"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escaped(row.name)}">',
         *_axis(scale),
         *_bars(row, scale),
     ]
@@ -212,7 +220,7 @@ def _strip(row: Row, scale: _Scale) -> str:
             f'<rect class="moved" x="{start:.1f}" y="{TOP}" width="{end - start:.1f}" '
             f'height="{BASE - TOP}"/>'
         )
-    return "\n".join([*parts, "</svg>"])
+    return "\n".join([*parts, "</svg></div>"])
 
 
 def _moved(row: Row) -> list[float]:

@@ -25,6 +25,7 @@ from mixprec.cli.demo_report import Report
 from mixprec.cli.demo_runs import RUNS, Outcome, Run, Settings, train
 from mixprec.cli.demo_text import PADDING, Corpus, read_text
 from mixprec.cli.progress import Progress
+from mixprec.cli.table import wrapped
 from mixprec.float8.conversion import float8_layers
 from mixprec.formats import FP32
 
@@ -106,8 +107,11 @@ def test_without_json_it_prints_plot_table_findings_and_where_the_files_are(
     printed = capsys.readouterr().out
 
     assert draw_text(report().curves()) in printed
-    assert report().table() in printed and report().findings() in printed
+    assert report().table() in printed
+    assert " ".join(report().findings().split()) in " ".join(printed.split())
     assert f"{tmp_path / 'new' / 'folder' / 'demo.svg'}" in printed
+    # A terminal of 80 columns breaks no line; a path has no place to be broken at.
+    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
 
 
 def test_a_terminal_that_has_no_braille_gets_the_table_alone(
@@ -499,3 +503,20 @@ def test_the_page_and_the_picture_come_from_the_same_run() -> None:
     assert "fp32" + table["fp32"][0] in picture
     for name in list(ENDS)[1:]:
         assert name + table[name][1] in picture
+
+
+def test_the_page_shows_what_the_demo_prints_of_such_a_run() -> None:
+    page = (DOCS / "demo.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith(tuple(ENDS)) and "%" in line]
+    rows = [re.split(r"  +", line) for line in rows if "  " in line]
+    made = report(**{row[0]: float(row[1]) for row in rows})
+    for outcome, row in zip(made.outcomes, rows, strict=True):
+        outcome.unmoved, outcome.subnormal_grads = (
+            float(cell.rstrip("%")) / 100 for cell in row[-3:-1]
+        )
+
+    def form(text: str) -> str:  # differences of rounded losses are not rounded differences
+        return re.sub(r"\d\.\d{4}", "#", text)
+
+    assert form(made.table()) in form(page)
+    assert form("\n".join(wrapped(made.findings()))) in form(page)

@@ -211,3 +211,27 @@ def test_what_is_cast_already_is_drawn_as_it_is_cast() -> None:
     start = r'judged range" stroke-width="5" d="M([\d.]+)'
     (drawn,), (unmoved,) = re.findall(start, text), re.findall(start, page([plain], []))
     assert float(drawn) > float(unmoved)
+
+
+def test_the_page_says_what_was_watched_and_when() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with mixprec.watch(model) as report:
+        model(torch.ones(1, 4))
+    about = re.findall(r'<p class="quiet">(Sequential.*?)</p>', report.html())
+    (said,) = about
+    assert re.fullmatch(
+        rf"Sequential, 2 layers, watched from \d{{4}}-\d\d-\d\d \d\d:\d\d on with mixprec "
+        rf"{re.escape(mixprec.__version__)} and torch {re.escape(torch.__version__)}",
+        said,
+    )
+    assert report.html() == report.html()
+    assert "<script>" not in page([], [], "<script>")
+
+
+def test_what_a_phone_has_no_room_for_scrolls_in_place() -> None:
+    text = page([row("a", 300.0)], [])
+    assert '<meta name="viewport" content="width=device-width,initial-scale=1">' in text
+    assert ".wide{overflow-x:auto}" in text and "overflow-wrap:anywhere" in text
+    for tag in ("table", "svg"):
+        assert text.count(f"<{tag}") == text.count(f'<div class="wide"><{tag}') > 0
+        assert text.count(f"</{tag}>") == text.count(f"</{tag}></div>")

@@ -240,8 +240,10 @@ def _spread(wanted: Sequence[float], heights: Sequence[float], limit: float) -> 
 _BRAILLE_DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
-def draw_text(curves: Sequence[Curve], *, columns: int = 60, rows: int = 14) -> str:
+def draw_text(curves: Sequence[Curve], *, columns: int = 48, rows: int = 14) -> str:
     """The same curves in braille dots, two across and four down a character, named at their ends.
+
+    With names of 25 letters a line has 80 columns.
 
     >>> print(draw_text([Curve("sgd", [0, 1, 2, 3], [4, 2, 1.4, 1], SOUND[0])], columns=8, rows=3))
       2.5  ⠘⡄
@@ -271,9 +273,12 @@ def _dots(curve: Curve, x_axis: Axis, y_axis: Axis) -> Iterator[tuple[int, int]]
 
 
 def _names_by_row(curves: Sequence[Curve], y_axis: Axis, rows: int) -> list[str]:
-    """Names on the row where a curve ends; those that end together share it."""
-    names: list[list[str]] = [[] for _ in range(rows)]
+    """Each name on the row where its curve ends, or on the nearest that is free."""
+    names = [""] * rows
     for curve in curves:
         for _, y in curve.points()[-1:]:
-            names[min(max(round(y_axis(y)) // 4, 0), rows - 1)].append(curve.name)
-    return [", ".join(row) for row in names]
+            end = min(max(round(y_axis(y)) // 4, 0), rows - 1)
+            nearest = sorted(range(rows), key=lambda row, end=end: abs(row - end))
+            row = next((row for row in nearest if not names[row]), end)
+            names[row] = ", ".join(filter(None, (names[row], curve.name)))
+    return names

@@ -24,6 +24,7 @@ from mixprec.cli.demo_report import Report
 from mixprec.cli.demo_runs import RUNS, Outcome, Settings, emulated, train
 from mixprec.cli.demo_text import Corpus, read_text
 from mixprec.cli.progress import Progress
+from mixprec.cli.table import wrapped
 from mixprec.formats import BF16, E4M3, FP16
 
 __all__ = ["add_arguments", "run", "run_all"]
@@ -148,7 +149,7 @@ def _preface(report: Report) -> str:
         f"on {report.source}; {report.padding:.0%} of the batches is padding.",
         report.how,
     ]
-    return "\n".join(lines)
+    return "\n".join(wrapped("\n".join(lines)))
 
 
 def _print_report(report: Report, out: Path) -> None:
@@ -158,9 +159,10 @@ def _print_report(report: Report, out: Path) -> None:
     except UnicodeEncodeError:
         plot = ""  # a terminal without braille has the table
     caption = "\n".join(report.picture().caption)
-    parts = filter(None, (plot, report.table(), report.findings(), caption))
-    print("\n" + "\n\n".join(parts))
-    print(f"\nThe curves are in {out / 'demo.svg'}, all numbers in {out / 'results.json'}.")
+    words = ("\n".join(wrapped(part)) for part in (report.findings(), caption))
+    print("\n" + "\n\n".join(filter(None, (plot, report.table(), *words))))
+    where = f"The curves are in {out / 'demo.svg'}, all numbers in {out / 'results.json'}."
+    print("\n" + "\n".join(wrapped(where)))
 
 
 def _device_name(device: torch.device) -> str:

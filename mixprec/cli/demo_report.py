@@ -18,7 +18,7 @@ import torch
 import mixprec
 from mixprec.cli.curves import FAULTY, SOUND, Curve, Picture
 from mixprec.cli.demo_runs import Outcome, Settings
-from mixprec.cli.table import table
+from mixprec.cli.table import table, wrapped
 
 __all__ = ["EQUAL", "WORSE", "Report"]
 
@@ -77,7 +77,7 @@ class Report:
     def table(self) -> str:
         """One row a run, and what the columns are."""
         rows = [
-            ("run", "loss", "above fp32", "unmoved", "subnormal", "loss scale", "verdict"),
+            ("run", "loss", "above fp32", "unmoved", "subnormal", "verdict"),
         ]
         for outcome in self.outcomes:
             verdict = self.verdict(outcome)
@@ -88,7 +88,6 @@ class Report:
                     "" if verdict == "reference" else _signed(self.gap(outcome)),
                     f"{outcome.unmoved:.1%}",
                     f"{outcome.subnormal_grads:.1%}",
-                    "" if outcome.loss_scale is None else f"{outcome.loss_scale:g}",
                     verdict,
                 )
             )
@@ -96,10 +95,12 @@ class Report:
 
     def _legend(self) -> str:
         middle = (self.settings.steps + 1) // 2
-        return (
-            "loss: held-out text, nats per byte. unmoved: hidden weights, or their masters, that\n"
-            f"step {middle} left as they were. subnormal: hidden gradients below the normal range\n"
-            "of the format, after the last step."
+        return "\n".join(
+            wrapped(
+                "loss: held-out text, nats per byte. unmoved: hidden weights, or their masters, "
+                f"that step {middle} left as they were. subnormal: hidden gradients below the "
+                "normal range of the format, after the last step."
+            )
         )
 
     def findings(self) -> str:

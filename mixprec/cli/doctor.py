@@ -25,7 +25,7 @@ from torch import Tensor
 import mixprec
 from mixprec import formats
 from mixprec.cli import doctor_float8
-from mixprec.cli.table import table
+from mixprec.cli.table import table, wrapped
 from mixprec.formats import Format
 
 __all__ = ["add_arguments", "run"]
@@ -203,13 +203,18 @@ def _has_module(name: str, attribute: str) -> str:
     return "yes"
 
 
+def _has_for_gpus(name: str, attribute: str) -> str:
+    has = _has_module(name, attribute)
+    return has if torch.cuda.is_available() else "no: installed, and of no use without a GPU"
+
+
 _FEATURES: dict[str, Callable[[], str]] = {
     "grad_dtype": _has_grad_dtype,
     "fsdp2": functools.partial(_has_module, "torch.distributed.fsdp", "fully_shard"),
     "dcp": functools.partial(_has_module, "torch.distributed.checkpoint", "save"),
     "gloo": functools.partial(_has_module, "torch.distributed", "ProcessGroupGloo"),
-    "nccl": functools.partial(_has_module, "torch.distributed", "ProcessGroupNCCL"),
-    "triton": functools.partial(_has_module, "triton", "jit"),
+    "nccl": functools.partial(_has_for_gpus, "torch.distributed", "ProcessGroupNCCL"),
+    "triton": functools.partial(_has_for_gpus, "triton", "jit"),
 }
 
 
@@ -222,15 +227,18 @@ def _page(found: dict[str, Any]) -> str:
     header = ["", *columns[1:]]
     reasons = sorted(
         {
-            f"  {row['format']} {column}: {row[column].removeprefix('no: ')}"
+            "\n    ".join(
+                wrapped(f"  {row['format']} {column}: {row[column].removeprefix('no: ')}", 76)
+            )
             for row in found["formats"]
             for column in columns
             if str(row[column]).startswith("no: ")
         }
     )
-    parts = [versions, device, "", table([header, *rows]), "", *reasons, ""]
-    parts += [*doctor_float8.page(found["float8"]), "", features, ""]
-    return "\n".join([*parts, found["float8"]["advice"], found["advice"]])
+    parts = [*wrapped(found["advice"]), "", *wrapped(versions), *wrapped(device), ""]
+    parts += [table([header, *rows]), "", *reasons, ""]
+    parts += [*doctor_float8.page(found["float8"]), "", *wrapped(found["float8"]["advice"])]
+    return "\n".join([*parts, "", *wrapped(features)])
 
 
 def _cell(value: object) -> str:
