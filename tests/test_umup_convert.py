@@ -389,7 +389,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], dict[str, Any], str]] = {
     "an example that runs nothing": (
         lambda m: None,
         {"example": lambda m: None},
-        "the example gave RMS 0.0 at the ends of branches",
+        "the example did not reach both ends of a branch of layers.0",
     ),
 }
 
@@ -419,3 +419,94 @@ def test_what_cannot_be_exported_is_refused() -> None:
     umup.apply(model)
     with pytest.raises(ValueError, match=r"no linear for queries alone to put 0\.3536 into"):
         umup.export(model)
+
+
+@pytest.mark.parametrize("attention", [Attention, ImplicitScale, QueryNorm])
+def test_what_reaches_the_end_of_every_branch_has_rms_1_at_any_depth(
+    attention: type[Attention],
+) -> None:
+    # As Llama and Mistral, with torch's default scale, and with norms of queries as Qwen.
+    model = converted(depth=16, attention=attention)
+    seen: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+
+            def look(module: Any, args: Any, name: str = name) -> None:
+                seen[name] = float(args[0].square().mean().sqrt() * module.multiplier)
+
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        model(TOKENS)
+    assert len(seen) == 32
+    for name, size in seen.items():
+        assert size == pytest.approx(1, abs=1e-5), name  # the same batch, in the same order
+
+
+class GemmaNorm(OwnRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], 1 + self.weight, 1e-6)
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * self.embedding_dim**0.5
+
+
+class PostNorm(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.input_layernorm(self.self_attn(x))
+        return x + self.post_attention_layernorm(self.mlp(x))
+
+
+class Olmo(PostNorm):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, Attention)
+        del self.input_layernorm
+        self.post_feedforward_layernorm = OwnRMSNorm(width)
+
+
+def gemma_norm(model: Any) -> None:
+    model.norm = GemmaNorm(32)
+
+
+def gemma_embedding(model: Any) -> None:
+    model.embed_tokens = ScaledEmbedding(50, 32)
+
+
+def post_norm(model: Any) -> None:
+    model.layers[2] = PostNorm(32, Attention)
+
+
+def olmo(model: Any) -> None:
+    model.layers[2] = Olmo(32)
+
+
+def failing(model: nn.Module) -> None:
+    raise ValueError("out of batches")
+
+
+@pytest.mark.parametrize(
+    ("change", "run", "message"),
+    [
+        (gemma_norm, None, r"norm is a GemmaNorm that gives RMS 2 for a weight of 1"),
+        (gemma_embedding, None, r"embed_tokens\.weight has no role: ScaledEmbedding"),
+        (post_norm, example, r"layers\.2 calls a norm after the linear that ends its branch"),
+        (olmo, None, r"layers\.2 has a norm 'post_feedforward_layernorm' behind its branch"),
+        (lambda model: None, failing, "out of batches"),
+    ],
+)
+def test_a_model_that_is_refused_is_left_as_it_was(
+    change: Callable[[Any], None], run: Any, message: str
+) -> None:
+    model: Any = Plain()
+    change(model)
+    kinds = [(name, type(module), len(vars(module))) for name, module in model.named_modules()]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scaling = model.layers[0].self_attn.scaling
+    with pytest.raises(ValueError, match=message):
+        umup.apply(model, example=run)
+    assert kinds == [(n, type(module), len(vars(module))) for n, module in model.named_modules()]
+    assert model.layers[0].self_attn.scaling == scaling
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name

@@ -17,6 +17,7 @@ the original architecture runs without this library.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixprec.umup.functional import branch_multipliers
+from mixprec.umup.functional import BranchMultipliers, branch_multipliers
 from mixprec.umup.layers import Embedding, Linear, LinearReadout
 from mixprec.umup.roles import Spec, spec
 from mixprec.umup.scaling import scale_bwd
@@ -35,6 +36,7 @@ __all__ = ["apply", "export"]
 _ENDS = ("o_proj", "out_proj", "c_proj", "wo", "down_proj", "w2", "fc2", "dense_4h_to_h", "down")
 _QUERIES = ("q_proj", "query", "wq", "q")
 _QUERY_NORMS = ("q_norm", "query_norm", "q_layernorm")
+_POST_NORMS = ("post_feedforward", "post_ffn", "post_mlp")
 _SCALES = ("scaling", "scale", "softmax_scale")
 
 
@@ -62,8 +64,8 @@ def apply(
         layers: name of the list of layers; found if left out.
         head_dim: width of a head; read from the attention module's `head_dim` if left out.
         example: runs the model on a batch, `lambda model: model(tokens)`. What reaches the ends of
-            the branches is then measured, and divided out for good. Left out, attention's average
-            and the activation leave it below 1.
+            each branch is then measured in turn, and divided out for good. Left out, attention's
+            average and the activation leave it below 1. Run once before that, as a trial.
         reinitialize: draws weights from N(0, 1), by torch's global generator. Weights that were
             trained with other multipliers are of no use.
         residual_multiplier, attention_ratio, depth_rule: see `functional.branch_multipliers`; give
@@ -72,7 +74,8 @@ def apply(
         attention_scale: "leave" keeps logits as they are.
 
     Raises:
-        ValueError: for a model that is not so, with what is odd about it.
+        ValueError: for a model that is not so, with what is odd about it; the model is then as it
+            was. Post-norm layers are told by the names of their norms, or by the example.
 
     >>> from mixprec import umup
     >>> import torch
@@ -90,14 +93,43 @@ def apply(
     >>> found["head.weight"].role, model["layers"][0].mlp[2].output_multiplier
     ('output', 0.5)
     """
+    if example is not None:
+        _try(model, [_parts(n, m) for n, m in _layers(model, layers)], example)
+
+    def change(model: nn.Module) -> tuple[list[_Parts], Spec]:
+        return _change(
+            model,
+            layers,
+            head_dim,
+            branch_multipliers(
+                len(_layers(model, layers)), residual_multiplier, attention_ratio, depth_rule
+            ),
+            attention_multiplier if attention_scale == "auto" else None,
+        )
+
+    change(_without_data(model))  # whatever is refused is refused here, where nothing is lost
+    parts, found = change(model)
+    if reinitialize:
+        _reinitialize(model)
+    if example is not None:
+        _measure(model, parts, example)
+    return found
+
+
+def _change(
+    model: nn.Module,
+    layers: str | None,
+    head_dim: int | None,
+    branches: BranchMultipliers,
+    attention_multiplier: float | None,
+) -> tuple[list[_Parts], Spec]:
+    """All that `apply` does to modules and nothing that it does to data."""
     name, stack = _find_stack(model, layers)
-    branches = branch_multipliers(len(stack), residual_multiplier, attention_ratio, depth_rule)
-    parts = [_parts(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
-    outside = _outside(model, name)
-    readout = _find_readout(outside)
-    # All of the checks are behind us, or in the next line: from here on the model changes.
+    parts = [_parts(name, layer) for name, layer in _layers(model, layers)]
+    readout = _find_readout(_outside(model, name))
     _check_linears(model)
-    if attention_scale == "auto":
+    _check_norms(model)
+    if attention_multiplier is not None:
         for part in parts:
             _set_logits(part, head_dim, attention_multiplier)
     stack.umup_depth = len(stack)  # type: ignore[assignment]
@@ -110,11 +142,17 @@ def apply(
         ):
             norm.register_forward_pre_hook(_BranchStart(multiplier))
             end.output_multiplier = multiplier
-    if reinitialize:
-        _reinitialize(model)
-    if example is not None:
-        _measure(model, parts, example)
-    return spec(model)
+    return parts, spec(model)
+
+
+def _without_data(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, which takes no memory and leaves the original alone."""
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        memo[id(param)] = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.detach().to("meta")
+    return copy.deepcopy(model, memo)
 
 
 class _BranchStart:
@@ -159,6 +197,11 @@ def _find_stack(model: nn.Module, name: str | None) -> tuple[str, nn.ModuleList]
     return fitting[0], lists[fitting[0]]
 
 
+def _layers(model: nn.Module, layers: str | None) -> list[tuple[str, nn.Module]]:
+    name, stack = _find_stack(model, layers)
+    return [(f"{name}.{i}", layer) for i, layer in enumerate(stack)]
+
+
 def _parts(name: str, layer: nn.Module) -> _Parts:
     children = dict(layer.named_children())
     norms = [n for n, child in children.items() if _is_norm(child)]
@@ -168,6 +211,13 @@ def _parts(name: str, layer: nn.Module) -> _Parts:
         raise ValueError(
             f"{name} has norms {norms} and blocks {blocks}; a standard pre-norm layer has two "
             f"norms, one attention and one MLP. Build others from umup.layers and umup.functional."
+        )
+    after = [n for n in norms if n.startswith(_POST_NORMS)]
+    if after:
+        raise ValueError(
+            f"{name} has a norm {after[0]!r} behind its branch, which would undo the branch's "
+            f"multiplier; only pre-norm layers, x + branch(norm(x)), can be converted. Build "
+            f"others from umup.layers and umup.functional."
         )
     mlp = next(n for n in blocks if n not in attention)
     order = list(children)
@@ -224,6 +274,26 @@ def _check_linears(model: nn.Module) -> None:
                 f"{name} is a {type(module).__module__}.{type(module).__name__}, and only plain "
                 f"nn.Linear can be given multipliers; convert before adapters, quantisers or "
                 f"another umup.apply, and transpose a Conv1D into an nn.Linear"
+            )
+
+
+def _check_norms(model: nn.Module) -> None:
+    """A weight of 1 has to mean a multiplier of 1; in Gemma's norms it means 2."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight") if _is_norm(module) else None
+        if weight is None:
+            continue
+        trial = copy.deepcopy(module).to_empty(device="cpu")
+        with torch.no_grad():
+            for local, param in trial.named_parameters():
+                param.fill_(1.0 if local == "weight" else 0.0)
+            probe = torch.ones(1, weight.numel(), dtype=weight.dtype)
+            probe[:, ::2] = -1
+            size = float(trial(probe.view(1, *weight.shape)).float().square().mean().sqrt())
+        if abs(size - 1) > 0.1:
+            raise ValueError(
+                f"{name} is a {type(module).__name__} that gives RMS {size:.3g} for a weight of 1, "
+                f"where 1 is needed (Gemma's multiply by 1 + weight). Use nn.RMSNorm."
             )
 
 
@@ -290,31 +360,61 @@ def _reinitialize(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def _try(model: nn.Module, parts: Sequence[_Parts], example: Callable[[nn.Module], Any]) -> None:
+    """Run the example on the model as it is: each branch must begin with its norm."""
+    calls: list[nn.Module] = []
+    ends = [(p.name, n, e) for p in parts for n, e in _branches(p)]
+    watched = [m for _, *pair in ends for m in pair]
+    _run(model, watched, lambda module, args: calls.append(module), example)
+    for name, norm, end in ends:
+        if norm not in calls or end not in calls:
+            raise ValueError(
+                f"the example did not reach both ends of a branch of {name}; it must run the whole "
+                f"model on real tokens"
+            )
+        if calls.index(norm) > calls.index(end):
+            raise ValueError(
+                f"{name} calls a norm after the linear that ends its branch: a post-norm layer, "
+                f"whose norm would undo the branch's multiplier. Only x + branch(norm(x)) can be "
+                f"converted. Build others from umup.layers and umup.functional."
+            )
+
+
+def _branches(part: _Parts) -> tuple[tuple[nn.Module, Any], tuple[nn.Module, Any]]:
+    """Norm and end of attention and of the MLP."""
+    return (part.attention_norm, part.attention_end), (part.mlp_norm, part.mlp_end)
+
+
+@torch.no_grad()
 def _measure(
     model: nn.Module, parts: Sequence[_Parts], example: Callable[[nn.Module], Any]
 ) -> None:
-    """Divide what reaches the ends of all branches of a kind by its mean RMS."""
-    for kind in ("attention_end", "mlp_end"):
-        ends = [getattr(part, kind) for part in parts]
-        seen: list[float] = []
+    """Divide what reaches the end of each branch by its RMS, before the next sees its output."""
 
-        def look(module: nn.Module, args: tuple[Any, ...], seen: list[float] = seen) -> None:
-            seen.append(float(args[0].float().square().mean().sqrt()))
-
-        handles = [end.register_forward_pre_hook(look) for end in ends]
-        try:
-            example(model)
-        finally:
-            for handle in handles:
-                handle.remove()
-        size = sum(seen) / max(len(seen), 1)
+    def divide(module: Any, args: tuple[Any, ...]) -> None:
+        size = float(args[0].float().square().mean().sqrt())
         if not 0 < size < math.inf:
             raise ValueError(
-                f"the example gave RMS {size} at the ends of branches; it must run the whole model "
+                f"the example gave RMS {size} at the end of a branch; it must run the whole model "
                 f"on real tokens"
             )
-        for end in ends:
-            end.multiplier = 1 / size
+        module.multiplier = 1 / size
+
+    _run(model, [end for part in parts for _, end in _branches(part)], divide, example)
+
+
+def _run(
+    model: nn.Module,
+    watched: Sequence[nn.Module],
+    hook: Callable[[Any, tuple[Any, ...]], None],
+    example: Callable[[nn.Module], Any],
+) -> None:
+    handles = [module.register_forward_pre_hook(hook) for module in watched]
+    try:
+        example(model)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 # ------------------------------------------------------------------ and back

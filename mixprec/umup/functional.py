@@ -270,7 +270,8 @@ def residual(branch: Callable[[Tensor], Tensor], x: Tensor, multiplier: float) -
     its beginning, so everything between is at unit scale in both directions; their product is the
     true gradient. The skip path has no multiplier. For branches that begin with a norm, outputs
     and directions of all gradients are those of the tau rule (`residual_split`), at one product
-    less; the stream's RMS grows from 1 to at most (1 + 2 alpha^2)^1/2.
+    less. The stream's RMS grows from 1 to (1 + 2 alpha^2)^1/2 where branches end at RMS 1 and are
+    independent of each other and of the stream; those that agree make it larger, without bound.
 
     >>> import torch
     >>> from mixprec import umup
