@@ -437,6 +437,94 @@ def test_padding_is_no_part_of_the_calibration() -> None:
     assert report.rms == pytest.approx(3 * 3**0.5, rel=0.05)
 
 
+LONG = normal(2, 40, D, seed=2)
+MASKS = {axis: (torch.arange(n) < n // 4).float() for axis, n in enumerate((64, 128))}
+IMAGES, PIXELS = torch.zeros(3, 5, 4, 6), torch.arange(72).view(3, 4, 6) % 5
+SUMS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...], Tensor]] = {
+    "a closure": (lambda y: cubic(y, TARGET).sum(), (), FRESH),
+    "a dict": (lambda y, b: cubic(y, b["y"]).sum(), ({"y": TARGET},), FRESH),
+    "one sequence": (lambda y, t: cubic(y, t).sum(), (LONG[:1],), torch.zeros(1, 40, D)),
+    "weights of features": (
+        lambda y, t: (torch.ones(1, D) * cubic(y, t)).sum(),
+        (LONG[:1],),
+        torch.zeros(1, 40, D),
+    ),
+    "images": (lambda y, t: F.cross_entropy(y, t, reduction="sum"), (PIXELS,), IMAGES),
+    "means over features": (lambda y, t: cubic(y, t).mean(-1).sum(), (LONG,), 0 * LONG),
+}
+MEANS: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...], Tensor]] = {
+    "one sequence": (lambda y, t: cubic(y, t).mean(), (LONG[:1],), torch.zeros(1, 40, D)),
+    "a closure": (lambda y: cubic(y, TARGET).mean(), (), FRESH),
+    "a mask": (
+        lambda y, t, m: (cubic(y, t) * m[:, None]).sum() / m.sum(),
+        (TARGET[:64], MASKS[0]),
+        FRESH[:64],
+    ),
+    "a mask in a closure": (
+        lambda y, t: (cubic(y, t) * MASKS[0][:, None]).sum() / MASKS[0].sum(),
+        (TARGET[:64],),
+        FRESH[:64],
+    ),
+    "over time, summed over sequences": (
+        lambda y, t: cubic(y, t).mean(1).sum(),
+        (LONG,),
+        torch.zeros_like(LONG),
+    ),
+    "images": (F.cross_entropy, (PIXELS,), IMAGES),
+    "numbers": (lambda y, t: cubic(y, t).mean(), (TARGET[:, 0],), FRESH[:, 0]),
+}
+
+
+@pytest.mark.parametrize("what", SUMS)
+def test_a_sum_is_taken_wherever_its_targets_come_from(what: str) -> None:
+    fn, args, prediction = SUMS[what]
+    loss = umup.unit_loss(partial(fn))
+    assert grad_rms(lambda y: loss(y, *args), prediction) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("what", MEANS)
+def test_a_mean_is_told_from_a_sum_in_any_layout_of_the_batch(what: str) -> None:
+    fn, args, prediction = MEANS[what]
+    with pytest.raises(ValueError, match=r"returns a mean: with each sample twice along axis \d"):
+        umup.unit_loss(partial(fn))(prediction, *args)
+
+
+@pytest.mark.parametrize("shape", [(64, 1, 1), (1, 128, 1)])
+def test_padding_on_any_axis_is_no_part_of_the_calibration(shape: tuple[int, ...]) -> None:
+    mask = MASKS[int(shape[0] == 1)].view(shape).expand(64, 128, 1)
+    target = normal(64, 128, 8, seed=3)
+    report = umup.unit_loss(lambda y, t: mask * cubic(y, t)).calibrate(0 * target, target)
+    real = cubic_slope(target[mask[..., 0] > 0])
+    assert report.rms == pytest.approx(rms(real), rel=1e-6)
+    assert report.rows == len(real)
+
+
+def test_padded_pixels_are_no_part_of_the_calibration() -> None:
+    target = normal(3, 5, 4, 6, seed=3)
+    mask = (torch.arange(6) < 3).float()
+    report = umup.unit_loss(lambda y, t: mask * cubic(y, t)).calibrate(0 * target, target)
+    assert report.rms == pytest.approx(rms(cubic_slope(target[..., :3])), rel=1e-6)
+
+
+def cubic_slope(residual: Tensor) -> Tensor:
+    return 3 * residual.square()
+
+
+def test_a_loss_is_saved_as_tensors_and_takes_what_was_saved_as_a_dict() -> None:
+    loss, fresh = umup.unit_loss(cubic), umup.unit_loss(cubic)
+    assert all(isinstance(value, Tensor) for value in loss.state_dict().values())
+    fresh.load_state_dict(loss.state_dict())
+    assert fresh.grad_multiplier is None and fresh.report is None
+    loss.calibrate(FRESH, TARGET)
+    assert all(isinstance(value, Tensor) for value in loss.state_dict().values())
+    report = {"rms": 2.0, "grad_multiplier": 0.5, "bias_grad": 1.0, "rows": 7}
+    fresh.load_state_dict({"_extra_state": {"grad_multiplier": 0.5, "report": report}})
+    assert fresh.report == losses.LossReport(**report) and fresh.grad_multiplier == 0.5  # type: ignore[arg-type]
+    given = umup.unit_loss(cubic, grad_multiplier=0.25)
+    fresh.load_state_dict(given.state_dict())
+    assert fresh.grad_multiplier == 0.25 and fresh.report is None
+
+
 def test_the_multiplier_is_saved_with_the_model_that_holds_the_loss() -> None:
     model = nn.ModuleDict({"loss": umup.unit_loss(cubic)})
     model["loss"].calibrate(FRESH, TARGET)  # type: ignore[operator]
@@ -493,7 +581,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a mean": (
         lambda: umup.unit_loss(lambda y, t: cubic(y, t).mean())(FRESH, TARGET),
         ValueError,
-        r"<lambda> returns a mean: on half of the rows each gradient is 2.00 times as large",
+        r"<lambda> returns a mean: with each sample twice along axis 0 each gradient is 0.50 times",
+    ),
+    "a sum of which nothing can be told": (
+        lambda: umup.unit_loss(lambda y, t: cubic(y.view(N, D), t).sum())(FRESH, TARGET),
+        ValueError,
+        r"<lambda> returns one number and does not run on a batch with each sample twice",
     ),
     "no gradient": (
         lambda: umup.unit_loss(cubic)(FRESH, FRESH),

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from mixprec.umup.scaling import scale_bwd
 
@@ -98,13 +100,15 @@ class UnitLoss(nn.Module):
         """Measure the gradient on a batch and freeze the multiplier. Reads the device.
 
         Raises:
-            ValueError: for a gradient that is 0 or not finite, and for a mean, whose gradient
-                depends on the size of the batch.
+            ValueError: for a gradient that is 0 or not finite; for a mean, whole or masked, whose
+                gradient depends on the size of the batch; and for a number of which neither can
+                be told, because `fn` does not run on a batch with each sample twice.
         """
         grad = self._gradient(prediction, args, options)
-        rows = grad.reshape(grad.shape[0] if grad.ndim else 1, -1)
+        real = _real(grad)
+        rows = grad.reshape(-1, grad.shape[-1] if grad.ndim > 1 else 1)
         rows = rows[(rows != 0).any(1)]  # padding has no gradient and is no sample
-        rms = float(rows.square().mean().sqrt()) if len(rows) else 0.0
+        rms = float((grad.square().sum() / real.sum()).sqrt()) if len(rows) else 0.0
         if not 0 < rms < math.inf:
             raise ValueError(
                 f"the gradient of {_name(self.fn)} has RMS {rms} on the calibration batch, so "
@@ -124,39 +128,68 @@ class UnitLoss(nn.Module):
         with torch.enable_grad():
             loss = self.fn(leaf, *args, **options)
             (grad,) = torch.autograd.grad(loss.sum(), leaf)
-        return grad.double() if grad.device.type != "mps" else grad.float()
+        return _double(grad)
 
     def _refuse_means(
         self, grad: Tensor, prediction: Tensor, args: tuple[Any, ...], options: dict[str, Any]
     ) -> None:
-        """A mean over half of the rows has gradients twice as large."""
+        """In a batch with every sample twice, gradients of a mean are half as large."""
         with torch.no_grad():
             scalar = self.fn(prediction.detach(), *args, **options).ndim == 0
-        if not scalar or prediction.ndim == 0 or len(prediction) < 2:
+        if not scalar or prediction.ndim == 0:
             return
-        half = len(prediction) // 2
+        for axis in range(max(1, prediction.ndim - 1)):  # the last has the features, if another has
+            size, before = prediction.shape[axis], _rms(grad)
+            twice = self._of_twice(prediction, args, options, axis)
+            if axis == 0 and not twice:
+                raise ValueError(
+                    f"{_name(self.fn)} returns one number and does not run on a batch with each "
+                    f"sample twice, so a sum cannot be told from a mean, whose gradients depend on "
+                    f"the size of the batch. Return the losses themselves, without .sum(); or give "
+                    f"grad_multiplier= for a sum that you are sure of."
+                )
+            for after in twice:
+                ratio = _rms(after.narrow(axis, 0, size)) / before
+                if ratio < 1 / 1.5:
+                    raise ValueError(
+                        f"{_name(self.fn)} returns a mean: with each sample twice along axis "
+                        f"{axis} each gradient is {ratio:.2f} times as large, so a multiplier "
+                        f"would fit one batch size only. Return the sum, or the losses themselves."
+                    )
 
-        def cut(value: Any) -> Any:
-            rows = isinstance(value, Tensor) and value.ndim and len(value) == len(prediction)
-            return value[:half] if rows else value
+    def _of_twice(
+        self, prediction: Tensor, args: tuple[Any, ...], options: dict[str, Any], axis: int
+    ) -> list[Tensor]:
+        """Gradients in a batch that is twice as long along an axis, in each way that runs."""
+        found: list[Tensor] = []
+        for strict in (True, False):
+            leaf = torch.cat([prediction.detach()] * 2, axis).requires_grad_()
+            mode = _Twice(prediction.shape, axis, strict, leaf)
+            more, named = tree_map(mode.twice, (args, options))
+            try:
+                with torch.enable_grad(), mode:
+                    loss = self.fn(leaf, *more, **named)
+                found += torch.autograd.grad(loss, leaf)
+            except Exception:  # whatever a loss says to tensors that do not fit together
+                continue
+        return [_double(grad) for grad in found]
 
-        options = {key: cut(value) for key, value in options.items()}
-        less = self._gradient(prediction[:half], tuple(map(cut, args)), options)
-        before, after = (float(g.square().mean().sqrt()) for g in (grad[:half], less))
-        if after > 1.5 * before:
-            raise ValueError(
-                f"{_name(self.fn)} returns a mean: on half of the rows each gradient is "
-                f"{after / before:.2f} times as large, so a multiplier would fit one batch size "
-                f"only. Return the sum, or the losses themselves."
-            )
+    def get_extra_state(self) -> Tensor:
+        """Multiplier and report in one FP64 tensor, which all formats of checkpoints hold."""
+        report = (math.nan,) * 4 if self.report is None else astuple(self.report)
+        multiplier = math.nan if self.grad_multiplier is None else self.grad_multiplier
+        return torch.tensor([multiplier, *report], dtype=torch.float64)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        report = None if self.report is None else asdict(self.report)
-        return {"grad_multiplier": self.grad_multiplier, "report": report}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.grad_multiplier = state["grad_multiplier"]
-        self.report = None if state["report"] is None else LossReport(**state["report"])
+    def set_extra_state(self, state: Any) -> None:
+        if isinstance(state, dict):  # of checkpoints that were saved as one
+            report = state["report"]
+            self.grad_multiplier = state["grad_multiplier"]
+            self.report = None if report is None else LossReport(**report)
+            return
+        multiplier, rms, per_rms, bias_grad, rows = state.tolist()
+        self.grad_multiplier = None if math.isnan(multiplier) else multiplier
+        known = not math.isnan(rms)
+        self.report = LossReport(rms, per_rms, bias_grad, int(rows)) if known else None
 
     def extra_repr(self) -> str:
         return f"{_name(self.fn)}, grad_multiplier={self.grad_multiplier}"
@@ -187,6 +220,68 @@ def unit_loss(fn: Callable[..., Tensor], *, grad_multiplier: float | None = None
     True
     """
     return UnitLoss(fn, grad_multiplier)
+
+
+class _Twice(TorchFunctionMode):
+    """Gives every tensor that a loss meets and did not make itself each of its samples twice.
+
+    So targets and masks are reached wherever they come from: an argument, a dict, a closure or a
+    global name. `strict` takes only what has the prediction's leading axes, or 1 in place of them;
+    without it the one axis counts, as for `[N, T]` classes of `[N, C, T]` logits.
+    """
+
+    def __init__(self, shape: torch.Size, axis: int, strict: bool, leaf: Tensor) -> None:
+        super().__init__()
+        self._shape, self._axis, self._strict = shape, axis, strict
+        self._own = {id(leaf): leaf}  # holds what it names, so that no id is used again
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def twice(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or id(value) in self._own or not self._fits(value.shape):
+            return value
+        if id(value) not in self._made:
+            self._made[id(value)] = value, torch.cat([value, value], self._axis)
+            self._keep(self._made[id(value)][1])
+        return self._made[id(value)][1]
+
+    def _fits(self, shape: torch.Size) -> bool:
+        axis, whole = self._axis, self._shape
+        if len(shape) <= axis or shape[axis] != whole[axis]:
+            return False
+        leading = zip(shape, whole[: max(1, len(whole) - 1)], strict=False)
+        return not self._strict or all(mine in (1, theirs) for mine, theirs in leading)
+
+    def _keep(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self._own[id(value)] = value
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(self.twice, (args, kwargs or {}))
+        out = func(*args, **kwargs)
+        tree_map(self._keep, out)
+        return out
+
+
+def _real(grad: Tensor) -> Tensor:
+    """Which elements are of real samples: padding has no gradient in any feature.
+
+    Features are on the last axis, or on axis 1 of three and more (`[N, C, ...]`).
+    """
+    nonzero = grad != 0
+    if grad.ndim < 2:
+        return nonzero
+    real = nonzero.any(-1, keepdim=True).expand_as(grad)
+    if grad.ndim > 2 and grad.shape[1] > 1:
+        real = real & nonzero.any(1, keepdim=True)
+    return real
+
+
+def _double(grad: Tensor) -> Tensor:
+    return grad.double() if grad.device.type != "mps" else grad.float()
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.square().mean().sqrt())
 
 
 def _wide(value: Any) -> Any:
