@@ -482,6 +482,16 @@ def test_a_sum_is_taken_wherever_its_targets_come_from(what: str) -> None:
     assert grad_rms(lambda y: loss(y, *args), prediction) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_of_ones_own_is_made_in_fp32(dtype: torch.dtype) -> None:
+    fresh, ones = torch.zeros(70_000, dtype=dtype), torch.ones(70_000, dtype=dtype)
+    for fn in (lambda y, t: (y - t["y"]).square().sum(), lambda y, t: (y - t["y"]).square()):
+        assert umup.unit_loss(fn)(fresh, {"y": ones}).item() == 70_000
+        assert umup.unit_loss(fn).calibrate(fresh, {"y": ones}).rms == 2
+    summed = umup.unit_loss(F.smooth_l1_loss)(fresh, ones, reduction="sum")
+    assert summed.dtype == torch.float32 and summed.item() == 35_000
+
+
 @pytest.mark.parametrize("what", MEANS)
 def test_a_mean_is_told_from_a_sum_in_any_layout_of_the_batch(what: str) -> None:
     fn, args, prediction = MEANS[what]

@@ -83,10 +83,9 @@ class UnitLoss(nn.Module):
     def forward(self, prediction: Tensor, *args: Any, **options: Any) -> Tensor:
         """Sum of the losses; the first call calibrates, unless that is done or not needed."""
         closed = _CLOSED.get(self.fn)
+        prediction, args, options = tree_map(_wide, (prediction, args, options))
         if closed is not None and not options.keys() & {"reduction", "size_average", "reduce"}:
             options["reduction"] = "none"
-            prediction, args = _wide(prediction), tuple(map(_wide, args))
-            options = {key: _wide(value) for key, value in options.items()}
         if self.grad_multiplier is None:
             if closed is not None and set(options) == {"reduction"} and len(args) == 1:
                 self.grad_multiplier = closed(prediction)
@@ -94,7 +93,7 @@ class UnitLoss(nn.Module):
                 self.calibrate(prediction, *args, **options)
         assert self.grad_multiplier is not None
         losses = self.fn(scale_bwd(prediction, self.grad_multiplier), *args, **options)
-        return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32))
+        return _wide(losses).sum()
 
     def calibrate(self, prediction: Tensor, *args: Any, **options: Any) -> LossReport:
         """Measure the gradient on a batch and freeze the multiplier. Reads the device.
@@ -104,6 +103,7 @@ class UnitLoss(nn.Module):
                 gradient depends on the size of the batch; and for a number of which neither can
                 be told, because `fn` does not run on a batch with each sample twice.
         """
+        prediction, args, options = tree_map(_wide, (prediction, args, options))
         grad = self._gradient(prediction, args, options)
         real = _real(grad)
         rows = grad.reshape(-1, grad.shape[-1] if grad.ndim > 1 else 1)
@@ -199,8 +199,8 @@ def unit_loss(fn: Callable[..., Tensor], *, grad_multiplier: float | None = None
     """`fn` as a loss whose gradient has RMS 1 when training begins.
 
     Args:
-        fn: `fn(prediction, ...)` returns losses of any shape, which are summed in FP32, or their
-            sum, in whose dtype it is; torch's own losses are computed in FP32.
+        fn: `fn(prediction, ...)` returns losses of any shape, or their sum. It is given 16-bit
+            tensors in FP32, so that nothing is summed in fewer bits.
         grad_multiplier: what the gradient of the sum is multiplied by. Left out, it is known for
             `F.mse_loss`, `F.l1_loss`, `F.cross_entropy` and `F.binary_cross_entropy_with_logits`,
             and measured for others, in the first call or by `calibrate`. On several ranks give one
