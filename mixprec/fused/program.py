@@ -291,7 +291,6 @@ OPERATIONS: dict[str, Operation] = {
     "copysign": _function("copysign", lambda a, b: torch.copysign(_tensor(a), b), 2),
     "fmod": _function("fmod", lambda a, b: torch.fmod(_tensor(a), b), 2),
     "hypot": _function("hypot", lambda a, b: torch.hypot(_tensor(a), _tensor(b)), 2),
-    "nextafter": _function("nextafter", lambda a, b: torch.nextafter(_tensor(a), _tensor(b)), 2),
     "max": _function("max", _at_least, 2),
     "min": _function("min", _at_most, 2),
     **{k: _binary(v, getattr(torch, k), _COMPARE) for k, v in _COMPARISONS.items()},

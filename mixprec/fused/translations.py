@@ -265,7 +265,7 @@ def _plain(name: str) -> Callable[..., str]:
 _PLAIN = (
     "neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh "
     "tanh sigmoid erf relu sign floor ceil trunc isfinite isnan isinf logical_not mul lt le "
-    "gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign fmod hypot nextafter exp2 "
+    "gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign fmod hypot exp2 "
     "log10 asinh acosh atanh erfc erfinv lgamma"
 ).split()
 

@@ -45,10 +45,10 @@ def _lerp(a: str, b: str, w: str) -> str:
 
 _LIBDEVICE = (
     "exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh tanh erf trunc atan2 copysign "
-    "pow rsqrt exp2 log10 asinh acosh atanh erfc erfinv lgamma fmod hypot nextafter"
+    "pow rsqrt exp2 log10 asinh acosh atanh erfc erfinv lgamma fmod hypot"
 ).split()
 
-_OF_TWO = ("atan2", "copysign", "pow", "fmod", "hypot", "nextafter")
+_OF_TWO = ("atan2", "copysign", "pow", "fmod", "hypot")
 
 _EXPRESSIONS: dict[str, str | Callable[..., str]] = {
     **{name: f"libdevice.{name}({{}})" for name in _LIBDEVICE},
