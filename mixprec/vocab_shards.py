@@ -185,8 +185,10 @@ def _of_dtensor(
         size = dist.get_world_size(group)
         name = group.group_name if size > 1 else None
     hidden = _replicated(hidden, mesh, placements[0][0] if placements else None)
-    parts = [t.to_local() if is_dtensor(t) else t for t in (weight, bias, class_weight)]
-    return Local(hidden, *parts, name, -(-weight.shape[0] // size))
+    weight_here, bias, class_weight = (
+        t.to_local() if is_dtensor(t) else t for t in (weight, bias, class_weight)
+    )
+    return Local(hidden, weight_here, bias, class_weight, name, -(-weight.shape[0] // size))
 
 
 def _replicated(hidden: Any, mesh: Any = None, dim: int | None = None) -> Tensor:

@@ -647,4 +647,4 @@ def test_a_count_kept_on_the_optimizer_is_lifted_and_returned_not_written() -> N
     recording = Probe(optimizer, 0, params()[0]).step(RuleState())
     assert recording.attributes == {"count": 1} and optimizer.count == 0
     programs, distances = side_by_side(CountsOnItself)
-    assert programs.inner.count == 50 and max(distances) == 0
+    assert vars(programs.inner)["count"] == 50 and max(distances) == 0
