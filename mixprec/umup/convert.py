@@ -75,7 +75,8 @@ def apply(
 
     Raises:
         ValueError: for a model that is not so, with what is odd about it; the model is then as it
-            was. Post-norm layers are told by the names of their norms, or by the example.
+            was. Post-norm layers are told by the names of their norms, or by the example. An
+            example whose measurement fails has left the model converted, to be built anew.
 
     >>> from mixprec import umup
     >>> import torch
