@@ -9,7 +9,7 @@ from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 from mixprec.optimizer import MixedPrecision
 from mixprec.precision import Precision, cast_model
-from mixprec.watch import watch
+from mixprec.ranges import watch
 
 __version__ = "0.1.0"
 

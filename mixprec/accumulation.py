@@ -34,14 +34,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mixprec.late_sums import LateSums
-from mixprec.names import listed, names_of
-from mixprec.plain_step import check_plain, is_mixed_precision, refuse_closure_rule, step_plain
-from mixprec.said import Said
-from mixprec.same_tokens import RankTwins, refuse_meshes
-from mixprec.token_counts import add_up, check_declared, count_of, sum_over_ranks
-from mixprec.window import Window
-from mixprec.window_losses import loss_of, sum_of
+from mixprec.parameters import listed, names_of
+from mixprec.plain_optimizer import check_plain, is_mixed_precision, refuse_closure_rule, step_plain
+from mixprec.user_warnings import Said
+from mixprec.window.late_sums import LateSums
+from mixprec.window.losses import loss_of, sum_of
+from mixprec.window.same_tokens import RankTwins, refuse_meshes
+from mixprec.window.token_counts import add_up, check_declared, count_of, sum_over_ranks
+from mixprec.window.window import Window
 from mixprec.wrapped import inside_of
 
 __all__ = ["GradientAccumulator"]

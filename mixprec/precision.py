@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from torch import nn
 
-from mixprec import conversion, float8, formats
-from mixprec.conversion import NORMS, Report
+from mixprec import float8, formats
+from mixprec.casting import model as conversion
+from mixprec.casting.model import NORMS, Report
 from mixprec.float8 import Recipe, Stats
 from mixprec.float8.conversion import exponents, load_exponents, recast
 from mixprec.formats import BF16, FP16, FP32, Format

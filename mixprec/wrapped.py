@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from mixprec.plain_step import is_mixed_precision
+from mixprec.plain_optimizer import is_mixed_precision
 
 __all__ = ["inside_of"]
 

@@ -27,8 +27,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixprec
-from mixprec.admission import accepts_sparse, admit
-from mixprec.fused.admission import admit_fused
+from mixprec.optimizer.fused.self_check import admit_fused
+from mixprec.optimizer.rule.admission import accepts_sparse, admit
 
 Kind = Literal[
     "interrupt",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixprec.fused.record import Probe, Recording, RuleState
+from mixprec.optimizer.fused.recording.probe import Probe, Recording, RuleState
 
 
 def params(*shapes: tuple[int, ...]) -> list[nn.Parameter]:

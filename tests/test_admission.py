@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import mixprec
-from mixprec.admission import Admission, accepts_sparse, admit
+from mixprec.optimizer.rule.admission import Admission, accepts_sparse, admit
 
 
 def low(*shapes: tuple[int, ...]) -> list[nn.Parameter]:

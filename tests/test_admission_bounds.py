@@ -10,8 +10,8 @@ import torch
 from small_rules import Rule, params
 from torch import Tensor, nn
 
-from mixprec.admission import admit
-from mixprec.fused.admission import admit_fused
+from mixprec.optimizer.fused.self_check import admit_fused
+from mixprec.optimizer.rule.admission import admit
 
 
 def _is_probe(p: Tensor) -> bool:

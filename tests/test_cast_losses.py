@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import mixprec
-from mixprec import cast_losses, formats
-from mixprec.cast_losses import losses
+from mixprec import formats
+from mixprec.casting import losses as cast_losses
+from mixprec.casting.losses import losses
 from mixprec.formats import BF16, FP16, FP32, Format
 
 INF, NAN = math.inf, math.nan

@@ -390,7 +390,9 @@ SOME_LINES = [("AdamW", 3), ("fused", 3), ("scaled", 23), ("own", 41)]
 def test_load_that_is_interrupted_at_any_line_changes_nothing(
     kind: str, apart: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mixprec.loading.check_loaded", lambda *_: None)  # it works on copies
+    monkeypatch.setattr(
+        "mixprec.optimizer.checkpoint.loading.check_loaded", lambda *_: None
+    )  # it works on copies
     if kind == "own":
         run = Run(Counting, (BF16,), {})
         run.happen("step")

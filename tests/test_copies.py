@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixprec.copies import LARGEST, Copier, IdOfParameter, Opaque, by_value
+from mixprec.optimizer.rule.copies import LARGEST, Copier, IdOfParameter, Opaque, by_value
 
 
 class Plain:

@@ -34,10 +34,10 @@ from torch.testing._internal import common_methods_invocations as torch_samples
 from torch.testing._internal import common_nn
 from torch.utils.checkpoint import checkpoint
 
-from mixprec import logit_chunks
 from mixprec.accumulation import GradientAccumulator
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from mixprec.logit_chunks import default_chunk_size
+from mixprec.cross_entropy import chunks as logit_chunks
+from mixprec.cross_entropy.chunks import default_chunk_size
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 from mixprec.optimizer import MixedPrecision
 
@@ -508,7 +508,7 @@ def test_weight_gradient_reaches_an_fp32_sum_unrounded_and_a_bf16_one_rounded_on
 
 
 def test_weight_gradient_is_handed_over_and_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mixprec.cross_entropy as module
+    import mixprec.cross_entropy.loss as module
 
     evaluate, made = module._evaluate, list[Tensor]()
 

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from waiting import no_waiting
 
 from mixprec.cross_entropy import linear_cross_entropy
-from mixprec.logit_chunks import default_chunk_size
+from mixprec.cross_entropy.chunks import default_chunk_size
+from mixprec.cross_entropy.softmax import has_kernel
 from mixprec.loss_scaling import StaticLossScaler
-from mixprec.softmax_gradient import has_kernel
 
 pytestmark = [
     pytest.mark.gpu,

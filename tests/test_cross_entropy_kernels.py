@@ -12,13 +12,13 @@ import torch
 from kernels import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 
-from mixprec.softmax_gradient import (
+from mixprec.cross_entropy.softmax import (
     LossTerms,
     _by_kernels_of_a_shard,
     front_of_rows,
     softmax_gradient_,
 )
-from mixprec.vocab_shards import VocabShard
+from mixprec.cross_entropy.vocab_shard import VocabShard
 
 pytestmark = MARKS
 
@@ -89,7 +89,7 @@ def by_kernel(
     terms: LossTerms,
     token_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from mixprec.cross_entropy_kernels import loss_and_gradient_
+    from mixprec.cross_entropy.softmax_kernels import loss_and_gradient_
 
     return loss_and_gradient_(logits, gradient, targets, None, token_weight, *terms)
 
@@ -159,7 +159,7 @@ def test_target_logits_stand_in_for_rounded_ones(name: str) -> None:
     exact = logits.double()
     exact.scatter_(1, targets[:, None], given.double()[:, None])
     rows, exact = in_fp64(exact, targets, terms, token_weight)
-    from mixprec.cross_entropy_kernels import loss_and_gradient_
+    from mixprec.cross_entropy.softmax_kernels import loss_and_gradient_
 
     losses, _, remainders = loss_and_gradient_(logits, logits, targets, given, token_weight, *terms)
     close(losses, rows.losses, rtol=4e-6, atol=4e-6, what="losses")
@@ -170,7 +170,7 @@ def test_target_logits_stand_in_for_rounded_ones(name: str) -> None:
 
 @pytest.mark.parametrize("width", [1, 300, 2048])
 def test_target_logits_are_the_products_of_their_rows(width: int) -> None:
-    from mixprec.cross_entropy_kernels import target_logits
+    from mixprec.cross_entropy.softmax_kernels import target_logits
 
     g = seeded()
     states = torch.randn(5, 2 * width, generator=g).to(DEVICE, BF16)[:, :width]
@@ -228,7 +228,7 @@ def test_a_class_barred_by_minus_infinity_gets_nothing_even_a_whole_block_of_the
 def test_argmax_is_the_first_of_the_largest_logits(
     logits_dtype: torch.dtype, vocab: int, gradient: bool
 ) -> None:
-    from mixprec.cross_entropy_kernels import loss_and_gradient_, sums
+    from mixprec.cross_entropy.softmax_kernels import loss_and_gradient_, sums
 
     logits, targets = case(5, vocab, logits_dtype)
     logits[0, [vocab // 3, vocab // 2, vocab - 1]] = 50.0  # in the first block and a later one
@@ -247,7 +247,7 @@ def test_argmax_is_the_first_of_the_largest_logits(
 
 
 def test_argmax_takes_the_exact_logit_of_the_target_and_the_bias() -> None:
-    from mixprec.cross_entropy_kernels import loss_and_gradient_
+    from mixprec.cross_entropy.softmax_kernels import loss_and_gradient_
 
     logits, targets = case(2, 9001, BF16)
     targets[:] = 8000
@@ -292,7 +292,7 @@ def test_a_shard_that_holds_every_class_is_the_whole(
 
 
 def test_shards_know_nothing_of_targets_elsewhere() -> None:
-    from mixprec.cross_entropy_kernels import shard_gradient_, sums
+    from mixprec.cross_entropy.softmax_kernels import shard_gradient_, sums
 
     logits, targets = case(3, 9000, FP32)
     exact = logits.double().softmax(1)
@@ -332,7 +332,7 @@ def test_products_are_added_by_target_in_a_fixed_order(width: int, targets: str)
     states[elsewhere] = torch.nan  # such a state is not read
     start = torch.randn(vocab, width, generator=g).to(DEVICE)
 
-    from mixprec.cross_entropy_kernels import add_products_by_class_
+    from mixprec.cross_entropy.softmax_kernels import add_products_by_class_
 
     sums, again = start.clone(), start.clone()
     add_products_by_class_(sums, labels, factors, states)
@@ -346,7 +346,7 @@ def test_products_are_added_by_target_in_a_fixed_order(width: int, targets: str)
 
 
 def test_products_of_no_class_at_all_change_nothing() -> None:
-    from mixprec.cross_entropy_kernels import add_products_by_class_
+    from mixprec.cross_entropy.softmax_kernels import add_products_by_class_
 
     sums = torch.ones(3, 5, device=DEVICE)
     nowhere = torch.full((4,), -1, device=DEVICE)
@@ -360,7 +360,7 @@ def test_products_of_no_class_at_all_change_nothing() -> None:
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("width", [1, 300, 2048])
 def test_multiples_of_rows_are_rounded_once(width: int, dtype: torch.dtype, added: bool) -> None:
-    from mixprec.cross_entropy_kernels import multiples_of_rows_
+    from mixprec.cross_entropy.softmax_kernels import multiples_of_rows_
 
     g = seeded()
     weight = torch.randn(7, 2 * width, generator=g).to(DEVICE, BF16)[:, :width]
@@ -382,7 +382,7 @@ def test_multiples_of_rows_are_rounded_once(width: int, dtype: torch.dtype, adde
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_scaling_multiplies_in_fp32_and_one_writes_nothing(dtype: torch.dtype) -> None:
-    from mixprec.cross_entropy_kernels import scale_
+    from mixprec.cross_entropy.softmax_kernels import scale_
 
     values = torch.randn(3, 10_001, generator=seeded()).to(DEVICE, dtype)
     for factor in (1.0, 1 / 7021):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW
 
 import mixprec
-from mixprec.fused import groups
+from mixprec.optimizer.fused import eligible as groups
 
 
 class Rebound(torch.optim.Optimizer):

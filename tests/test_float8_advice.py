@@ -13,7 +13,7 @@ import mixprec
 from mixprec.float8.advice import better, fitting, remedy
 from mixprec.float8.recipe import Cast, Recipe
 from mixprec.formats import E4M3, E5M2, FP16
-from mixprec.watch import Watch
+from mixprec.ranges.watch import Watch
 
 
 def gauss(size: float, seed: int = 0) -> Tensor:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from mixprec import Precision, float8, formats
-from mixprec.float8 import all_gather
-from mixprec.float8.all_gather import GatheredWeight, WeightShard
+from mixprec.float8.sharded import all_gather
+from mixprec.float8.sharded.all_gather import GatheredWeight, WeightShard
 from mixprec.umup import layers
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")

@@ -12,9 +12,9 @@ from small_rules import Rule, params, recordings
 from torch import Tensor
 from torch.nn import functional as F
 
-from mixprec.fused.admission import TOLERANCE, admit_fused
-from mixprec.fused.dispatch import NotFusible
-from mixprec.fused.record import Probe, RuleState
+from mixprec.optimizer.fused.recording.probe import Probe, RuleState
+from mixprec.optimizer.fused.recording.recorder import NotFusible
+from mixprec.optimizer.fused.self_check import TOLERANCE, admit_fused
 
 GIVEN: dict[str, Any] = {
     **{"lambd": 0.2, "eps": 0.1, "min": -0.3, "max": 0.4, "threshold": 0.1, "decimals": 2},

@@ -15,14 +15,14 @@ from waiting import no_waiting
 
 import mixprec
 from mixprec import formats
-from mixprec.fused.judge import DeviceJudge
-from mixprec.fused.launch import KernelLaunch, TwinLaunch
-from mixprec.fused.program import BOOLEAN, OPERATIONS, Op, Program
-from mixprec.fused.record import Probe, RuleState
-from mixprec.fused.triton_emit import WEIGHT, Layout
-from mixprec.state_formats import encode, scale_key
-from mixprec.step_counts import StepCounts
-from mixprec.verdict import judge
+from mixprec.optimizer.fused.judge import DeviceJudge
+from mixprec.optimizer.fused.kernels.emit import WEIGHT, Layout
+from mixprec.optimizer.fused.kernels.launch import KernelLaunch, TwinLaunch
+from mixprec.optimizer.fused.program.program import BOOLEAN, OPERATIONS, Op, Program
+from mixprec.optimizer.fused.recording.probe import Probe, RuleState
+from mixprec.optimizer.state_formats import encode, scale_key
+from mixprec.optimizer.step_counts import StepCounts
+from mixprec.optimizer.verdict import judge
 
 pytestmark = [
     pytest.mark.gpu,

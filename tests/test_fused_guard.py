@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 import mixprec
-from mixprec.fused import guard
-from mixprec.fused.guard import Guard
-from mixprec.fused.judge import DeviceJudge
-from mixprec.fused.members import Candidates
+from mixprec.optimizer.fused import guard
+from mixprec.optimizer.fused.guard import Guard
+from mixprec.optimizer.fused.judge import DeviceJudge
+from mixprec.optimizer.fused.members import Candidates
 
 
 @pytest.fixture(autouse=True, params=["compiled", "Python"])

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import mixprec
-from mixprec.fused.groups import FusedGroups
-from mixprec.fused.members import Members
-from mixprec.fused.pending import Pending
-from mixprec.verdict import Verdict
+from mixprec.optimizer.fused.eligible import FusedGroups
+from mixprec.optimizer.fused.members import Members
+from mixprec.optimizer.fused.pending import Pending
+from mixprec.optimizer.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (3, 4, 5), (7,), (6, 2), (5,)]
 

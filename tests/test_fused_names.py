@@ -14,9 +14,9 @@ from small_rules import Rule, params
 from torch import Tensor
 
 import mixprec
-from mixprec.fused.program import Op, Program, is_free_name
-from mixprec.fused.triton_emit import Layout, columns, source
-from mixprec.state_formats import encode, scales_in
+from mixprec.optimizer.fused.kernels.emit import Layout, columns, source
+from mixprec.optimizer.fused.program.program import Op, Program, is_free_name
+from mixprec.optimizer.state_formats import encode, scales_in
 
 Names = tuple[str, str, str]
 """A state in 8 bits, one in FP32 and one number of the tensor."""

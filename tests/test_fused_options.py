@@ -22,7 +22,7 @@ from small_rules import Rule, params
 from torch import Tensor, nn
 
 import mixprec
-from mixprec.fused.admission import admit_fused
+from mixprec.optimizer.fused.self_check import admit_fused
 
 # ---------------------------------------- a rule that reads all there is
 
@@ -617,8 +617,8 @@ def test_what_was_imported_before_mixprec_makes_no_probe() -> None:
     program = """
 import torch, torch._dynamo
 from torch.nn import Parameter
-from mixprec.fused.kinds import Kinds
-from mixprec.rule_code import code_of
+from mixprec.optimizer.fused.recording.kinds import Kinds
+from mixprec.optimizer.rule.code import code_of
 
 code = code_of(torch.optim.AdamW([Parameter(torch.ones(2))]))
 assert "_dynamo" in code.words and not Kinds(code).asks_dimensions

@@ -17,10 +17,10 @@ from small_rules import Rule, params, recordings
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
-from mixprec.fused.admission import TOLERANCE, admit_fused
-from mixprec.fused.dispatch import NotFusible, Recorder
-from mixprec.fused.program import OPERATIONS, Op, Program
-from mixprec.fused.record import Probe, RuleState
+from mixprec.optimizer.fused.program.program import OPERATIONS, Op, Program
+from mixprec.optimizer.fused.recording.probe import Probe, RuleState
+from mixprec.optimizer.fused.recording.recorder import NotFusible, Recorder
+from mixprec.optimizer.fused.self_check import TOLERANCE, admit_fused
 
 # ---------------------------------------- torch.optim
 
@@ -202,7 +202,7 @@ def test_a_step_like_the_last_one_is_played_and_not_recorded(
             super().__init__(*roots)
             recorders.append(self)
 
-    monkeypatch.setattr("mixprec.fused.record.Recorder", Counted)
+    monkeypatch.setattr("mixprec.optimizer.fused.recording.probe.Recorder", Counted)
     probe = Probe(AdamW(params()), 0, params()[0])
     state = RuleState()
     for _ in range(50):

@@ -16,19 +16,19 @@ from small_rules import Rule, params, recordings
 from torch import Tensor
 
 from mixprec import MixedPrecision
-from mixprec.fused import translations
-from mixprec.fused.admission import (
+from mixprec.optimizer.fused.program.program import NUMEL, OPERATIONS, Op, Program
+from mixprec.optimizer.fused.recording import translations
+from mixprec.optimizer.fused.recording.kinds import Kinds
+from mixprec.optimizer.fused.recording.probe import Element, Probe, RuleState
+from mixprec.optimizer.fused.recording.recorder import Recorder
+from mixprec.optimizer.fused.self_check import (
     ROUNDING,
     SPACING,
     TOLERANCE,
     FusedAdmission,
     admit_fused,
 )
-from mixprec.fused.dispatch import Recorder
-from mixprec.fused.kinds import Kinds
-from mixprec.fused.program import NUMEL, OPERATIONS, Op, Program
-from mixprec.fused.record import Element, Probe, RuleState
-from mixprec.rule_code import code_of
+from mixprec.optimizer.rule.code import code_of
 
 SHAPES = ((33, 17), (65,), (5, 4, 3, 2), (1, 9), (1,))
 

@@ -13,8 +13,8 @@ from small_rules import Rule, params
 from torch import Tensor
 
 import mixprec
-from mixprec.fused.program import OPERATIONS, REDUCTIONS, Op, Program
-from mixprec.fused.signs import (
+from mixprec.optimizer.fused.program.program import OPERATIONS, REDUCTIONS, Op, Program
+from mixprec.optimizer.fused.program.signs import (
     classes,
     level_of,
     non_negative_levels,

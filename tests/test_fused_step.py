@@ -18,8 +18,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
 import mixprec
 from mixprec import formats
-from mixprec.fused.signs import non_negative_states
-from mixprec.verdict import Verdict
+from mixprec.optimizer.fused.program.signs import non_negative_states
+from mixprec.optimizer.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (), (3, 4, 5), (0, 3)]
 
@@ -416,7 +416,7 @@ def test_which_states_cannot_be_negative_is_proved() -> None:
 
 
 def test_a_proof_by_induction_drops_what_leans_on_what_was_dropped() -> None:
-    from mixprec.fused.program import Op, Program
+    from mixprec.optimizer.fused.program.program import Op, Program
 
     swap = Program((), (("a", "b"), ("b", "grad")), 0)
     assert non_negative_states([(swap, [])]) == frozenset()

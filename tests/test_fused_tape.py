@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer, RAdam
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixprec.fused.calls import Call
-from mixprec.fused.dispatch import NotFusible
-from mixprec.fused.record import Probe, Recording, RuleState
-from mixprec.inner import same
+from mixprec.optimizer.fused.recording.calls import Call
+from mixprec.optimizer.fused.recording.probe import Probe, Recording, RuleState
+from mixprec.optimizer.fused.recording.recorder import NotFusible
+from mixprec.optimizer.rule.stand_ins import same
 
 STEPS = 12
 

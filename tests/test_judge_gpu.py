@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixprec.culprits import owners_of_nonfinite
 from mixprec.devices import has_triton
-from mixprec.fused.judge import DeviceJudge
-from mixprec.step_counts import StepCounts
-from mixprec.verdict import judge
+from mixprec.optimizer.culprits import owners_of_nonfinite
+from mixprec.optimizer.fused.judge import DeviceJudge
+from mixprec.optimizer.step_counts import StepCounts
+from mixprec.optimizer.verdict import judge
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from waiting import no_waiting
 
-from mixprec.late_sums import LateSums
+from mixprec.window.late_sums import LateSums
 
 
 def test_numbers_of_the_host_and_of_a_cpu_are_known_at_once() -> None:

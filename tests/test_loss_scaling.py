@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 from waiting import no_waiting
 
-from mixprec.loss_scale_machine import ScalePolicy, ScaleState, ScaleVerdict
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
+from mixprec.loss_scaling.machine import ScalePolicy, ScaleState, ScaleVerdict
 
 Event = Literal["finite", "overflow", "empty"]
 

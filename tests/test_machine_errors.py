@@ -15,9 +15,9 @@ from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mixprec
-from mixprec.admission import accepts_sparse, admit
-from mixprec.fused.admission import admit_fused
-from mixprec.machine import is_of_the_machine
+from mixprec.machine_errors import is_of_the_machine
+from mixprec.optimizer.fused.self_check import admit_fused
+from mixprec.optimizer.rule.admission import accepts_sparse, admit
 
 OUT = "CUDA out of memory. Tried to allocate 20.00 MiB"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixprec import formats
-from mixprec.masters import MasterStore, Scratch, agree, begin, nested, read, write
+from mixprec.optimizer.masters import MasterStore, Scratch, agree, begin, nested, read, write
 
 
 def patterns() -> Tensor:

@@ -10,7 +10,7 @@ from frozen import difference, frozen
 from rules import Recipe, torch_recipes
 from torch.optim import Optimizer
 
-from mixprec import masters as master_storage
+from mixprec.optimizer import masters as master_storage
 
 RUNNABLE = [recipe for recipe in torch_recipes() if not recipe.unable]
 UNABLE = [recipe for recipe in torch_recipes() if recipe.unable]

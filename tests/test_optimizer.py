@@ -783,7 +783,9 @@ def test_tensor_learning_rate_is_followed_and_keeps_its_identity() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "masters"), STORAGES)
-@pytest.mark.parametrize("what", ["mixprec.run.nn.Parameter", "torch._foreach_copy_"])
+@pytest.mark.parametrize(
+    "what", ["mixprec.optimizer.master_run.nn.Parameter", "torch._foreach_copy_"]
+)
 def test_running_out_of_memory_in_a_step_loses_no_master(
     dtype: torch.dtype, masters: Masters, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -860,7 +862,7 @@ def test_edited_weights_are_noticed_and_the_others_keep_their_bits(dtype: torch.
 def test_weights_that_nobody_wrote_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer, params = wrapped(masters="full")
     train(optimizer, params, range(2))
-    monkeypatch.setattr("mixprec.masters.agree", None)
+    monkeypatch.setattr("mixprec.optimizer.masters.agree", None)
     train(optimizer, params, range(2, 4))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, AdamW, Optimizer
 
-from mixprec.plain_step import check_plain, step_plain
+from mixprec.plain_optimizer import check_plain, step_plain
 
 BAD = [float("inf"), -float("inf"), float("nan")]
 RULES: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {

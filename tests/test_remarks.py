@@ -15,10 +15,10 @@ from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
 import mixprec
-from mixprec.culprits import Culprits, owners_of_nonfinite
 from mixprec.gradients import grad_norm, part_norms
-from mixprec.said import Said
-from mixprec.step_counts import Letter, StepCounts
+from mixprec.optimizer.culprits import Culprits, owners_of_nonfinite
+from mixprec.optimizer.step_counts import Letter, StepCounts
+from mixprec.user_warnings import Said
 
 INF = float("inf")
 

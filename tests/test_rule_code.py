@@ -11,7 +11,7 @@ import torch
 from small_rules import Rule, params
 from torch import Tensor
 
-from mixprec.rule_code import RuleCode, code_of
+from mixprec.optimizer.rule.code import RuleCode, code_of
 
 
 def helper(p: Any) -> float:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixprec.state_formats import BLOCK, TOP, decode, encode, num_blocks, scale_key
+from mixprec.optimizer.state_formats import BLOCK, TOP, decode, encode, num_blocks, scale_key
 
 KINDS = [torch.int8, torch.uint8]
 

@@ -17,8 +17,8 @@ from comparison import STORAGES, Masters, Outcome, compare
 from rules import Recipe, torch_recipes
 from thirdparty_rules import other_recipes, pytorch_optimizer_recipes
 
-from mixprec.fused.admission import SPACING, TOLERANCE
 from mixprec.optimizer import MixedPrecision
+from mixprec.optimizer.fused.self_check import SPACING, TOLERANCE
 
 pytestmark = pytest.mark.thirdparty
 

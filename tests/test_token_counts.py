@@ -16,8 +16,8 @@ from torch.optim import SGD
 
 from mixprec.accumulation import GradientAccumulator
 from mixprec.optimizer import MixedPrecision
-from mixprec.same_tokens import RankTwins
-from mixprec.token_counts import add_up, check_declared, count_of
+from mixprec.window.same_tokens import RankTwins
+from mixprec.window.token_counts import add_up, check_declared, count_of
 
 COUNTS = [[6, 2], [1, 0]]
 """Tokens of each micro-batch, by rank: uneven, so that no rank's own count is anybody's mean."""

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixprec import formats, umup
-from mixprec.umup.coordinates import CoordinateReport, check_coordinates
-from mixprec.umup.picture import Line, draw
-from mixprec.umup.scales import check_scales, flushed
+from mixprec.umup.checks.coordinates import CoordinateReport, check_coordinates
+from mixprec.umup.checks.picture import Line, draw
+from mixprec.umup.checks.scales import check_scales, flushed
 
 L = umup.layers
 WIDTHS = (64, 256, 1024)

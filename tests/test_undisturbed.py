@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import mixprec
-from mixprec.admission import admit
-from mixprec.fused.admission import admit_fused
+from mixprec.optimizer.fused.self_check import admit_fused
+from mixprec.optimizer.rule.admission import admit
 
 Update = Callable[[Any, Any, Any, Tensor, Any], None]
 

@@ -16,8 +16,8 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 import mixprec
-from mixprec.inner import StandIns
-from mixprec.undo import Contents
+from mixprec.optimizer.rule.stand_ins import StandIns
+from mixprec.optimizer.undo import Contents
 
 UNFINISHED = (
     r"after an unfinished step: it was stopped by .* when .*Load a checkpoint.*adopt_params"
@@ -259,7 +259,7 @@ def test_a_step_that_is_stopped_while_it_leaves_is_ended_by_whoever_asks_next(
 def test_a_first_fused_step_that_fails_leaves_no_state_behind(
     rule: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixprec.fused.plan import Batch
+    from mixprec.optimizer.fused.plan import Batch
 
     weights = [nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16)) for _ in range(2)]
     optimizer = mixprec.MixedPrecision(rule(weights), fused=True)

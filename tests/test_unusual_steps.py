@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import mixprec
-from mixprec.plain_step import step_plain
+from mixprec.plain_optimizer import step_plain
 
 
 def sparse(value: float, dtype: torch.dtype) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixprec.verdict import judge, no_gradients
+from mixprec.optimizer.verdict import judge, no_gradients
 
 FINE = torch.tensor([3.0, 4.0])
 BAD = torch.tensor([3.0, float("inf")])

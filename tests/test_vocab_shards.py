@@ -11,8 +11,8 @@ from losses import BF16, FP32, FP64, OPTIONS, PADDING, case, error, filled, fp32
 from ranks import on_ranks
 from torch import Tensor, nn
 
-from mixprec import logit_chunks
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from mixprec.cross_entropy import chunks as logit_chunks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 

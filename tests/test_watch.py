@@ -17,8 +17,8 @@ from waiting import no_waiting
 import mixprec
 from mixprec.binades import BINS, Binades, count
 from mixprec.float8 import Cast, Recipe
-from mixprec.watch import Watch
-from mixprec.watch_rows import Row
+from mixprec.ranges.rows import Row
+from mixprec.ranges.watch import Watch
 
 
 def binades(*tensors: Tensor) -> Binades:

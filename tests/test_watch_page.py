@@ -14,9 +14,9 @@ from torch import nn
 import mixprec
 from mixprec import formats
 from mixprec.binades import BINS, Binades, count
-from mixprec.watch import Watch
-from mixprec.watch_page import SHOWN, page
-from mixprec.watch_rows import Judge, Row, advice
+from mixprec.ranges.page import SHOWN, page
+from mixprec.ranges.rows import Judge, Row, advice
+from mixprec.ranges.watch import Watch
 
 VOID = {"meta"}
 

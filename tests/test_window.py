@@ -627,7 +627,7 @@ class Interrupt:
         self.left = line
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        if frame.f_globals.get("__name__") not in ("mixprec.accumulation", "mixprec.window"):
+        if frame.f_globals.get("__name__") not in ("mixprec.accumulation", "mixprec.window.window"):
             return None
         if event == "line":
             self.left -= 1

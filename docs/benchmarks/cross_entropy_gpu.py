@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixprec.cross_entropy import linear_cross_entropy
-from mixprec.logit_chunks import default_chunk_size
-from mixprec.softmax_gradient import LossTerms, softmax_gradient_
+from mixprec.cross_entropy.chunks import default_chunk_size
+from mixprec.cross_entropy.softmax import LossTerms, softmax_gradient_
 
 PADDING = -100
 MIB = 2**20
@@ -341,7 +341,7 @@ def parts() -> list[dict[str, Any]]:
 
 def rows_of_logits() -> list[Part]:
     """The kernel of a chunk, in blocks of several sizes."""
-    from mixprec import cross_entropy_kernels as kernels
+    from mixprec.cross_entropy import softmax_kernels as kernels
 
     tokens, vocab = 4096, 128256
     g = torch.Generator("cuda").manual_seed(0)
@@ -371,7 +371,7 @@ def rows_of_logits() -> list[Part]:
 
 def by_token() -> list[Part]:
     """What is done with rows of hidden states and weight, and with the weight gradient."""
-    from mixprec import cross_entropy_kernels as kernels
+    from mixprec.cross_entropy import softmax_kernels as kernels
 
     tokens, width, vocab = 8192, 4096, 128256
     g = torch.Generator("cuda").manual_seed(0)

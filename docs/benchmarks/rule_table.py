@@ -28,9 +28,9 @@ from rules import Recipe, torch_recipes  # noqa: E402
 from thirdparty_rules import other_recipes, pytorch_optimizer_recipes  # noqa: E402
 from torch import nn  # noqa: E402
 
-from mixprec.fused.admission import FusedAdmission, admit_fused  # noqa: E402
-from mixprec.fused.program import NUMEL  # noqa: E402
 from mixprec.optimizer import MixedPrecision  # noqa: E402
+from mixprec.optimizer.fused.program.program import NUMEL  # noqa: E402
+from mixprec.optimizer.fused.self_check import FusedAdmission, admit_fused  # noqa: E402
 
 PAGE = ROOT / "docs" / "rules.md"
 PACKAGES = (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from umup_transfer import StandardDecoder, text_batches
 
 from mixprec import formats, umup
-from mixprec.umup.scales import flushed
+from mixprec.umup.checks.scales import flushed
 
 
 def look(grads: dict[str, Tensor], name: str, _module: nn.Module, _x: object, y: Tensor) -> None:

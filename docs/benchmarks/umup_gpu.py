@@ -33,7 +33,7 @@ from umup_transfer import StandardDecoder
 
 from mixprec import umup
 from mixprec.umup import functional as U
-from mixprec.umup.transfer import TransferReport
+from mixprec.umup.checks.transfer import TransferReport
 
 # ------------------------------------------------------------------ 1. overhead
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixprec import umup
-from mixprec.umup.coordinates import check_coordinates
+from mixprec.umup.checks.coordinates import check_coordinates
 
 ROWS, VOCAB, CLASSES = 32, 64, 16
 

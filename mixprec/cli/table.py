@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from mixprec.text_table import aligned
+from mixprec.text import aligned
 
 __all__ = ["table", "wrapped"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from mixprec import formats
-from mixprec.conversion import NORMS, Report, matches, nearest, refuse_text
-from mixprec.conversion import convert as cast
+from mixprec.casting.model import NORMS, Report, matches, nearest, refuse_text
+from mixprec.casting.model import convert as cast
 from mixprec.float8.exponents import read_exponents
 from mixprec.float8.linear import Float8Layer, Float8Linear, Float8State
 from mixprec.float8.products import ALIGNMENT, has_units

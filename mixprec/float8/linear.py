@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.autograd.function import Function
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mixprec.autograd import call
 from mixprec.devices import is_capturing
-from mixprec.float8.all_gather import ByteGather, GatheredWeight
 from mixprec.float8.cast import Operand8
 from mixprec.float8.operand import Operand
 from mixprec.float8.products import scaled_product
 from mixprec.float8.recipe import OPERANDS, Recipe
-from mixprec.float8.tensor_parallel import Shards
+from mixprec.float8.sharded.all_gather import ByteGather, GatheredWeight
+from mixprec.float8.sharded.tensor_parallel import Shards
 from mixprec.float8.weight import CachedWeight
-from mixprec.function_call import call
 from mixprec.gradients import is_dtensor
 
 __all__ = ["Float8Layer", "Float8Linear", "Float8State", "float8_linear"]

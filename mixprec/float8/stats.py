@@ -27,7 +27,7 @@ from mixprec.float8.conversion import float8_layers
 from mixprec.float8.exponents import exponents_of
 from mixprec.float8.recipe import Cast
 from mixprec.formats import Format
-from mixprec.text_table import aligned
+from mixprec.text import aligned
 
 __all__ = ["Counted", "Row", "Stats", "read", "row", "stats"]
 

@@ -7,18 +7,18 @@ check_*                      whether a model does what the table promises, in nu
 """
 
 from mixprec.umup import functional, layers, losses, scaling
+from mixprec.umup.checks.coordinates import check_coordinates
+from mixprec.umup.checks.drift import DriftMonitor
+from mixprec.umup.checks.scales import check_scales
+from mixprec.umup.checks.transfer import check_transfer
 from mixprec.umup.convert import apply, export
-from mixprec.umup.coordinates import check_coordinates
 from mixprec.umup.decoder import Decoder
-from mixprec.umup.drift import DriftMonitor
 from mixprec.umup.groups import param_groups
 from mixprec.umup.roles import ROLES, Spec, spec
 from mixprec.umup.rules import rule
-from mixprec.umup.scales import check_scales
 from mixprec.umup.scaling import scale_bwd, scale_fwd
 from mixprec.umup.spectral import spectral_normalize
 from mixprec.umup.table import table
-from mixprec.umup.transfer import check_transfer
 from mixprec.umup.unit_loss import unit_loss
 
 __all__ = [

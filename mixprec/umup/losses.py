@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixprec.cross_entropy import linear_cross_entropy as _linear_cross_entropy
-from mixprec.output_layer import weight_and_bias
+from mixprec.cross_entropy.output_layer import weight_and_bias
 from mixprec.umup.layers import LinearReadout
 from mixprec.umup.scaling import scale_bwd, scale_fwd
 from mixprec.umup.unit_loss import LossReport, UnitLoss, unit_loss

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import Function
 
-from mixprec.function_call import call
+from mixprec.autograd import call
 from mixprec.umup.scaling import Constraint, constrain, scale_bwd, scale_fwd
 
 __all__ = ["conv1d", "conv2d", "linear", "linear_multipliers", "linear_readout", "matmul"]

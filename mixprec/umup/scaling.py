@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.autograd.function import Function
 
-from mixprec.function_call import call
+from mixprec.autograd import call
 
 __all__ = ["CONSTRAINTS", "Constraint", "constrain", "interpolate", "scale_bwd", "scale_fwd"]
 

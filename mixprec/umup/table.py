@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from mixprec.text_table import aligned
+from mixprec.text import aligned
 from mixprec.umup.groups import param_groups, rules_for
 from mixprec.umup.roles import Entry, Role, Spec
 from mixprec.umup.roles import spec as spec_of

@@ -1,0 +1,1 @@
+"""FP8 layers whose weight is cut up over ranks."""

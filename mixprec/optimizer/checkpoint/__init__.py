@@ -1,0 +1,1 @@
+"""Checkpoints: read, checked, tried, and loaded whole or not at all."""

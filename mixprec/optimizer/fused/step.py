@@ -1,0 +1,345 @@
+"""The fused part of an optimizer's step: which parameters take it, and what each step does.
+
+    plan      cohorts of parameters, launches over their tensors; kept while nothing moved
+    replay    the rule's probe gives this step's scalars, one replay a cohort
+    launch    one kernel for all tensors of a program and a layout
+    count     step counts and the like move on, in the state and in the groups
+
+Where the device alone knows whether gradients were finite, counting is on trust: the kernel leaves
+everything as it is, and before the next step the host reads the flag, which has long been there,
+and takes the counting back (`settle`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mixprec.optimizer import state_formats
+from mixprec.optimizer.fused.cohorts import (
+    Cohort,
+    Entry,
+    Member,
+    counts_on_host,
+    decoded,
+    form_cohorts,
+    shown,
+)
+from mixprec.optimizer.fused.eligible import Fused, FusedGroups
+from mixprec.optimizer.fused.kernels.emit import Layout
+from mixprec.optimizer.fused.members import NOBODY, Members
+from mixprec.optimizer.fused.pending import Flag, Pending, change
+from mixprec.optimizer.fused.plan import Batch, Plan, Prepared, hold, same_strides, stored
+from mixprec.optimizer.fused.recording.probe import Recording
+from mixprec.optimizer.fused.recording.recorder import NotFusible
+from mixprec.optimizer.fused.self_check import FusedAdmission
+from mixprec.optimizer.masters import MasterStore
+from mixprec.optimizer.state_formats import StateFormat, StateFormats, format_of
+
+__all__ = ["FusedStep"]
+
+
+class FusedStep(FusedGroups):
+    """What is stepped by programs, and how; see `FusedGroups` for the arguments."""
+
+    def __init__(
+        self, inner: Optimizer, store: MasterStore, fused: Fused, formats: StateFormats
+    ) -> None:
+        super().__init__(inner, store, fused, formats)
+        self._held: Any = WeakIdKeyDictionary()
+        """Parameters whose state is not as the rule itself would keep it."""
+        self._plan: Plan | None = None
+        self._pending: Pending | None = None
+        self._captured: tuple[Plan, Tensor | None] | None = None
+        self.skipped = False
+        """Whether the device has skipped a step since somebody set this to False."""
+        self.skips_in_a_row = 0
+        """As far as the host has heard; windows of padding count too."""
+
+    def forget_plan(self) -> None:
+        self._plan = None
+
+    def adopt(self, params: Iterable[Tensor]) -> None:
+        """Take over the state of these parameters, which was loaded or copied."""
+        self._pending = self._plan = self._captured = None
+        self._held = WeakIdKeyDictionary({p: None for p in params if p in self._inner.state})
+
+    # ---------------------------------------- a step
+
+    def prepare(
+        self, members: Members, check: Callable[[Iterable[Tensor]], None], pending: Pending
+    ) -> Prepared:
+        """This step's replays; `check` is given the parameters where they are new or have moved.
+
+        `pending` hears of every change before it is made, here and in what follows.
+
+        When it raises NotFusible, no parameter has changed, and `split` gives a group fewer.
+        """
+        plan = self._plan
+        if members.capturing:  # rules check for a capture, and their numbers come later
+            ready = plan is not None and plan.programs is not None and not plan.fresh
+            if plan is None or not ready or not plan.holds(self._inner, members):
+                raise RuntimeError(
+                    "step() is captured into a CUDA graph before its states and kernels were made. "
+                    "Take three steps first, on a side stream, and leave parameters in place."
+                )
+            return Prepared(plan, members, [], pending)
+        if plan is None or not plan.holds(self._inner, members):
+            check(members.params)
+            plan = self._plan = self._planned(members, pending)
+        recordings: list[Recording] = []
+        for cohort in plan.cohorts:
+            try:
+                recordings.append(cohort.probe.step(cohort.state))
+            except NotFusible as error:
+                self._give_up(cohort.index, str(error))
+            program = recordings[-1].program
+            if program not in self._admissions[cohort.index].programs:
+                self._admit_again(cohort.index, program)
+                return self.prepare(members, check, pending)
+        if not _keep_signs(plan, recordings):
+            plan.programs = ()  # states that are stored without a sign get one
+        return Prepared(plan, members, recordings, pending)
+
+    def make_ready(
+        self, prepared: Prepared, factor: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """All that may fail: states, tables, kernels, gradients in the right order of elements."""
+        plan, recordings = prepared.plan, prepared.recordings
+        if not prepared.members.capturing:
+            if plan.programs != prepared.programs:
+                prepared.pending.keep(self._inner.state, self._store, prepared.members.params)
+                plan.fresh = self._make_launches(plan, recordings, prepared.members)
+            for batch in plan.batches:
+                batch.set_scalars(recordings)
+        for batch in plan.batches:
+            batch.make_ready(prepared.members, factor, found_inf)
+
+    def run(
+        self,
+        prepared: Prepared,
+        found_inf: Tensor | None,
+        ran: Collection[int] = (),
+    ) -> None:
+        """Count and launch. `ran` names the groups that the rule itself has counted already.
+
+        Launches come last: what is on the host can be taken back, and they cannot.
+        """
+        plan, members, pending = prepared.plan, prepared.members, prepared.pending
+        if not members.capturing:
+            # On its way before the kernels: whoever reads it later need not wait for them.
+            pending.flag = None if found_inf is None else Flag(found_inf)
+            self._count(prepared, ran)
+            plan.touched(members.params)
+            self._pending = pending if found_inf is not None else None
+        for batch in plan.batches:
+            batch.run(pending)
+        if members.capturing:  # nothing happens and nothing is counted until it is replayed
+            self._captured = plan, found_inf
+        pending.finished = True
+
+    def take_back(self, pending: Pending) -> str:
+        """Undo what a step that was stopped has changed; says what is half done."""
+        if self._pending is pending:
+            self._pending = None
+        if pending.begun:
+            return "kernels were writing to parameters and states"
+        pending.undo(cast(dict[Any, Any], self._inner.state), self._store)
+        self._plan = None
+        self._candidates.clear()
+        return ""
+
+    def prepare_replay(self, pending: Pending) -> None:
+        """Give a captured step the numbers of the step that it is about to be; count it."""
+        if self._captured is None:
+            raise RuntimeError(
+                "prepare_replay() without a captured step: call step() inside of "
+                "torch.cuda.graph(...) first, with every parameter fused."
+            )
+        plan, found_inf = self._captured
+        recordings: list[Recording] = []
+        with suppress(NotFusible):
+            if self.is_current():
+                recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
+        prepared = Prepared(plan, NOBODY, recordings, pending)
+        if prepared.programs != plan.programs or not _keep_signs(plan, recordings):
+            raise RuntimeError(
+                "the captured step is no longer what the rule does: it took another branch (the "
+                "end of RAdam's warm-up, an option that became 0). Capture the step again."
+            )
+        for batch in plan.batches:
+            batch.set_scalars(recordings)
+        self._count(prepared, ())
+        plan.touched(plan.watch.tensors())
+        if found_inf is not None:
+            pending.flag = Flag(found_inf, late=True)
+            self._pending = pending
+
+    def _count(self, prepared: Prepared, ran: Collection[int]) -> None:
+        state, pending = cast(dict[Any, Any], self._inner.state), prepared.pending
+        pending.keep_numbers(prepared.plan.cohorts)
+        changes: list[tuple[str, dict[Any, Any], Mapping[Any, Any]]] = []
+        for cohort, recording in zip(prepared.plan.cohorts, prepared.recordings, strict=True):
+            cohort.set_state(recording.state)
+            group = self._inner.param_groups[cohort.index]
+            changes.append((f"param_groups[{cohort.index}]", group, recording.group))
+            changes.append(("state", state, recording.shared))
+            changes.append(("optimizer", vars(self._inner), recording.attributes))
+        done = [f"param_groups[{index}]" for index in ran]
+        done += ["state", "optimizer"] if ran else []
+        for where, values, new in changes:
+            change(where, values, new, pending, counted=where in done)
+            done.append(where)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether `settle` will hear from the device what became of the last step."""
+        return self._pending is not None
+
+    def settle(self) -> None:
+        """Take the counting of the last step back if the device skipped it."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending.flag is None:
+            return
+        if not pending.flag.read():
+            self.skips_in_a_row = 0
+            return
+        self.skips_in_a_row += 1
+        self.skipped = True
+        if pending.undo(cast(dict[Any, Any], self._inner.state), self._store):
+            self._plan = None
+
+    # ---------------------------------------- leaving
+
+    def release(self, params: Iterable[Tensor] | None = None) -> None:
+        """Leave these parameters' state as the rule itself keeps it: it is about to run on them."""
+        chosen = list(self._held) if params is None else [p for p in params if p in self._held]
+        if not chosen:
+            return
+        self._plan = None
+        group_of = {p: group for group in self._inner.param_groups for p in group["params"]}
+        for param in chosen:
+            self._held.pop(param, None)
+            entry = self._inner.state.get(param)
+            if entry is not None:
+                plain = self.decoded(entry, param)
+                entry.clear()
+                entry.update(plain)
+                _place_step(entry, param, group_of.get(param, {}))
+
+    def considered(self, index: int) -> FusedAdmission | None:
+        held = [p for p in self._inner.param_groups[index]["params"] if p in self._held]
+        if index in self._admissions or not held:
+            return super().considered(index)
+        state = cast(dict[Any, Any], self._inner.state)
+        shown_to_a_trial = defaultdict[Any, Any](dict, state)
+        shown_to_a_trial.update((p, self.decoded(state[p], p)) for p in held if p in state)
+        self._inner.state = shown_to_a_trial
+        try:
+            return super().considered(index)
+        finally:
+            self._inner.state = cast(Any, state)
+
+    def decoded(self, entry: Entry, param: Tensor) -> Entry:
+        """An entry as the rule itself would keep it, see `cohorts.decoded`."""
+        return decoded(entry, param, self.formats)
+
+    # ---------------------------------------- planning
+
+    def _planned(self, members: Members, pending: Pending) -> Plan:
+        state = cast(dict[Tensor, Entry], self._inner.state)
+        pending.keep(state, self._store, members.params)
+        for index, param in members.pairs:
+            if self._store.has(param):
+                self._store.put(state, param, self._store.current(state, param))
+            same_strides(state[param], param)
+            self._probe(index, param)
+        found = [
+            self._member(index, place, param, state[param])
+            for place, (index, param) in enumerate(members.pairs)
+        ]
+        stepping = set(map(id, members.params))
+        resting = [state[p] for p in self._held if id(p) not in stepping and p in state]
+        self._held.update((param, None) for param in members.params)
+        return Plan(self._inner, form_cohorts(found, resting), members)
+
+    def _member(self, index: int, place: int, param: Tensor, entry: Entry) -> Member:
+        admission = self._admissions[index]
+        counts_on_host(entry, admission.state_of(shown(entry, self.formats), param))
+        state = admission.state_of(shown(entry, self.formats), param)
+        return Member(index, place, entry, self._probe(index, param), state)
+
+    def _make_launches(self, plan: Plan, recordings: Sequence[Recording], members: Members) -> bool:
+        """Launches for the programs of this step; says whether it had to make states."""
+        made: list[str] = []
+        batches: dict[Any, Batch] = {}
+        for number, (cohort, recording) in enumerate(zip(plan.cohorts, recordings, strict=True)):
+            dtypes = self._stored_dtypes(cohort, recording)
+            program = recording.program
+            for member, place in enumerate(cohort.places):
+                param = members.params[place]
+                entry, tensors = cohort.entries[member], cohort.tensors[member]
+                made += hold(entry, tensors, param, dtypes, recording.state)
+                layout = self._layout(param, entry, tensors, dtypes, program.reduced)
+                batch = batches.setdefault((program, layout, param.device), Batch(program, layout))
+                batch.add(number, place, entry, stored(layout, param, entry, tensors))
+        programs = tuple(recording.program for recording in recordings)
+        plan.adopt(list(batches.values()), programs, members.params)
+        return bool(made)
+
+    def _stored_dtypes(self, cohort: Cohort, recording: Recording) -> dict[str, torch.dtype]:
+        """How the states of a cohort's program are stored, in the order of its state."""
+        program = recording.program
+        used = {*program.reads, *program.writes}
+        names = [name for name in recording.state.elements if name in used]
+        asked: dict[str, StateFormat] = {
+            name: "fp32" if "[" in name else format_of(name, self.formats) for name in names
+        }
+        positive: frozenset[str] = frozenset()
+        if "int8" in asked.values():
+            positive = self._non_negative(cohort, recording)
+        return {
+            name: state_formats.stored_dtype(asked[name], non_negative=name in positive)
+            for name in names
+        }
+
+    def _layout(
+        self,
+        param: Tensor,
+        entry: Entry,
+        tensors: dict[str, Tensor],
+        dtypes: dict[str, torch.dtype],
+        reduced: tuple[str, ...],
+    ) -> Layout:
+        assert param.grad is not None
+        layout = Layout(
+            param.dtype,
+            self._store.storage(param),
+            param.grad.dtype,
+            tuple(dtypes.items()),
+            reduced=reduced,
+        )
+        held = stored(layout, param, entry, tensors)
+        where = (tensor.data_ptr() for name, tensor in held.items() if name not in reduced)
+        return replace(layout, aligned=all(address % 16 == 0 for address in where))
+
+
+def _keep_signs(plan: Plan, recordings: Sequence[Recording]) -> bool:
+    """Whether states that are stored without a sign need none after this step either."""
+    pairs = zip(plan.cohorts, recordings, strict=True)
+    return all(cohort.keeps_signs(found.program, found.scalars) for cohort, found in pairs)
+
+
+def _place_step(entry: Entry, param: Tensor, group: dict[str, Any]) -> None:
+    """Torch's rules want the step count beside the parameter if fused or capturable."""
+    step = entry.get("step")
+    if isinstance(step, Tensor) and (group.get("fused") or group.get("capturable")):
+        entry["step"] = step.to(param.device)

@@ -1,0 +1,762 @@
+"""MixedPrecision: the rule of any `torch.optim.Optimizer`, run on exact FP32 masters.
+
+The wrapper shares the inner optimizer's group dicts, state and hooks, so that a schedule attached
+to either one, before or after wrapping, acts on both and nothing ever needs synchronising. What a
+step does is in `step`, where masters live in `masters`, how a rule may run in `admission`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.weak import WeakIdKeyDictionary
+
+from mixprec.caller_modes import run_in_plain_modes
+from mixprec.optimizer.arguments import check_options, check_parameters
+from mixprec.optimizer.checkpoint import fp32_weights, loading
+from mixprec.optimizer.checkpoint import reading as checkpoint
+from mixprec.optimizer.checkpoint.own_state import own_entries
+from mixprec.optimizer.explain import explain
+from mixprec.optimizer.fused.eligible import Fused
+from mixprec.optimizer.fused.judge import DeviceJudge
+from mixprec.optimizer.fused.self_check import admit_fused
+from mixprec.optimizer.fused.step import FusedStep
+from mixprec.optimizer.grad_factor import checked
+from mixprec.optimizer.master_run import make_state
+from mixprec.optimizer.masters import LOW, MASTER, MasterStore, Storage
+from mixprec.optimizer.outcome import LossScaler, OnNonfinite
+from mixprec.optimizer.owners import guard_inner_step, take_over
+from mixprec.optimizer.rule.admission import Admission, admit
+from mixprec.optimizer.state_formats import StateFormats
+from mixprec.optimizer.step import SteppingOptimizer
+from mixprec.optimizer.undo import Leaving
+from mixprec.parameters import names_of
+
+_HOOKS = (
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
+
+
+class MixedPrecision(SteppingOptimizer):
+    """An optimizer that runs the rule of `inner` on FP32 masters of 16-bit parameters.
+
+    Every BF16 or FP16 parameter `p` gets a master in FP32, kept with the rule's own state in
+    `state[p]`, which is FP32 too. The rule updates the master; the parameter is the master,
+    rounded. FP32 and FP64 parameters have no second copy and are stepped bit for bit as by `inner`
+    alone.
+
+    Args:
+        inner: any optimizer instance, fresh or with state, over the model's own parameters.
+        masters: "full" keeps FP32 tensors (4 B/param); "split" keeps 16 bits beside each BF16
+        weight
+            (2 B/param), from which the FP32 value is restored exactly; "auto" takes "split" for
+            BF16 parameters of rules that treat tensors one by one, else "full".
+        loss_scaler: a `DynamicLossScaler` or `StaticLossScaler`; scale losses with its `multiply`.
+        max_grad_norm: clips the gradients of the whole step to this L2 norm, in FP32, after
+            unscaling, with the formula of `torch.nn.utils.clip_grad_norm_`.
+        on_nonfinite: "skip" leaves everything as it was when a gradient is not finite; "raise"
+            raises `FloatingPointError`. After 50 skips in a row both raise. "ignore" does not look,
+            as a bare optimizer does not, and saves one reading of all gradients.
+        bucket_numel: elements of FP32 scratch that a rule which treats tensors one by one is run
+            in; "auto" is 2^20 on a CPU and 2^22 elsewhere. A larger tensor makes a bucket of its
+            own. None runs every rule on all parameters at once.
+        fused: whether an element-wise rule runs as one kernel, made from its own code and checked
+            against it first: casts, clip, rule and rounding in one pass over memory. "auto" fuses
+            16-bit parameters on a GPU with Triton; True insists, and fuses FP32 parameters too;
+            off a GPU the same program runs in plain torch. False never fuses.
+        state_formats: how a fused rule's states are stored between steps: a mapping of state names
+            to "fp32", "bf16" or "int8" (codes in blocks of 32), or "8bit" or "bf16" for all.
+
+    Raises:
+        TypeError: if `inner` is no optimizer or a wrapper already; for integer, complex and 8-bit
+            parameters; at the first step for a rule that does not read its parameters from groups.
+        ValueError: for masters="split" on FP16 or with nothing to split, for parameters that
+            overlap in memory, and for other arguments out of range.
+
+    Numerics:
+        Masters are bit-identical to the bare rule on FP32 parameters given the same gradients; of a
+        fused rule to 2e-6 of each update, with the bits of SGD and Lion.
+        Weights round to nearest: ties to even from full masters, ties away from zero in split ones.
+        Clip, unscale and `grad_factor` multiply FP32 gradients once. FP32 gradients are scaled in
+        place, as by torch's clipping; 16-bit ones are left alone and scaled on their way to FP32.
+
+    >>> import torch
+    >>> import mixprec
+    >>> weight = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    >>> optimizer = mixprec.MixedPrecision(torch.optim.SGD([weight], lr=1e-3))
+    >>> for _ in range(4):
+    ...     weight.grad = torch.ones_like(weight)
+    ...     optimizer.step()
+    >>> weight[0].item(), [round(m[0].item(), 4) for _, m in optimizer.masters()]
+    (0.99609375, [0.996])
+    """
+
+    # A class switch: True lets a torch.amp.GradScaler hand over FP16 gradients and its scale.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        *,
+        masters: Literal["auto", "full", "split"] = "auto",
+        loss_scaler: LossScaler | None = None,
+        max_grad_norm: float | None = None,
+        on_nonfinite: OnNonfinite = "skip",
+        bucket_numel: int | Literal["auto"] | None = "auto",
+        fused: Fused = "auto",
+        state_formats: StateFormats = None,
+    ) -> None:
+        _check_inner(inner)
+        check_options(
+            masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel, fused, state_formats
+        )
+        check_parameters(inner.param_groups, masters, fused)
+        store = MasterStore(masters)
+        super().__init__(
+            inner,
+            store,
+            loss_scaler,
+            max_grad_norm,
+            on_nonfinite,
+            bucket_numel,
+            FusedStep(inner, store, fused, state_formats),
+        )
+        for name in _HOOKS:
+            setattr(self, name, getattr(inner, name))
+        self.defaults = inner.defaults
+        self.param_groups, self.state = inner.param_groups, inner.state
+        self._wide: list[tuple[Tensor, Tensor]] = []
+        """Loaded masters of parameters that are not in 16 bits, until the first step."""
+        self._fresh_masters = False
+        """Whether masters were loaded since the last step."""
+        self._adopt_state()
+        take_over(self)
+        guard_inner_step(self)
+
+    def __repr__(self) -> str:
+        return f"MixedPrecision({self.inner!r})"
+
+    # ---------------------------------------- the step
+
+    @overload
+    def step(self, closure: None = None, *, grad_factor: Tensor | float | None = None) -> None: ...
+    @overload
+    def step(
+        self, closure: Callable[[], float], *, grad_factor: Tensor | float | None = None
+    ) -> float: ...
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_factor: Tensor | float | None = None,
+    ) -> float | None:
+        """Update masters and parameters from the parameters' gradients.
+
+        Args:
+            closure: computes the loss and its gradients again, and returns the loss. With a loss
+                scaler it must scale what it differentiates.
+            grad_factor: multiplies all gradients, in FP32, together with unscaling and clipping:
+                a number or a 0-d tensor, which is not read by the host. 0 says that nothing was
+                counted (a window of padding): the step is the identity and no overflow is recorded.
+                One that is not finite, alone or times 1/loss_scale, is skipped like an overflow.
+
+        Raises:
+            TypeError, ValueError: for a `grad_factor` that is no number, negative, or several.
+            RuntimeError: if a loss scaler is set but no loss was scaled since the last step.
+            FloatingPointError: for non-finite gradients, as `on_nonfinite` says.
+        """
+        return run_in_plain_modes(self._step, closure, checked(grad_factor))
+
+    @torch.no_grad()
+    def prepare_replay(self) -> None:
+        """Before each replay of a CUDA graph that holds `step()`: hand it this step's numbers.
+
+        A graph repeats what the device does; learning rate, step count and bias corrections are
+        computed by the rule's own code on the host, which this runs once. The captured step itself
+        does nothing until it is replayed. Waits for the last replay to tell whether it was skipped
+        for overflow (not with `on_nonfinite="ignore"`).
+
+            for _ in range(3):
+                train_step()  # forward, backward, step(), on a side stream
+            with torch.cuda.graph(graph):
+                train_step()
+            for batch in data:
+                copy_into_static_inputs(batch)
+                optimizer.prepare_replay()
+                graph.replay()
+
+        Raises:
+            RuntimeError: without a captured step, and where the rule has taken another branch.
+        """
+        self._settle()
+        self._check_finished("prepare_replay()")
+        self._hear()
+        self._undoable(
+            lambda: run_in_plain_modes(
+                lambda _: self._fused.prepare_replay(self._record.pending), None
+            )
+        )
+        self._count_replay()
+
+    # ---------------------------------------- masters and weights
+
+    def masters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter with its FP32 master; a parameter that needs no master with itself.
+
+        A full master is the live tensor, a split one a decoded copy. Read them; to change weights,
+        use `masters_in_model` or write to the parameters.
+        """
+        self._settle()
+        self._check_master_shapes(self._params())
+        for param in self._params():
+            with torch.no_grad():  # never around the yield: the caller's code would run inside
+                master = self._store.master(self.state, param)
+            yield param, master
+
+    @contextmanager
+    def masters_in_model(self, model: nn.Module | None = None) -> Generator[None]:
+        """Inside, the model's parameters are their FP32 masters: evaluate, average or export them.
+
+        Parameters keep their identity; their dtype is FP32 inside and what it was afterwards. What
+        is written to them inside is kept, in whatever way it is written: the masters take it over
+        and the weights are rounded from it. 16-bit buffers of `model`, if it is given, are FP32
+        inside as well. Splitting costs FP32 copies of all split masters while it lasts. Not for
+        backward passes. Inside of another such context, this one does nothing.
+
+        >>> import torch
+        >>> import mixprec
+        >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        >>> optimizer = mixprec.MixedPrecision(torch.optim.SGD([weight], lr=0.1))
+        >>> with optimizer.masters_in_model():
+        ...     weight.dtype
+        torch.float32
+        >>> weight.dtype
+        torch.bfloat16
+        """
+        if self._in_model:
+            yield
+            return
+        self._settle()
+        self._check_finished("masters_in_model()")
+        held = [(p, p.data, master) for p, master in self.masters() if self._store.has(p)]
+        buffers = [] if model is None else [b for b in model.buffers() if b.dtype in LOW]
+        wide = [(buffer, buffer.data, buffer.float()) for buffer in buffers]
+        try:
+            self._in_model, self._store.in_model = True, bool(held)
+            for tensor, _, value in (*held, *wide):
+                tensor.data = value
+            yield
+        finally:
+            self._undo = leaving = Leaving(self, held, wide)
+            leaving.restore_data()
+            self._settle_undo()
+
+    @torch.no_grad()
+    def fp32_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """`model.state_dict()` with masters in place of 16-bit parameters, everything else in FP32.
+
+        Tied names share one tensor. 16-bit parameters that this optimizer does not hold, and
+        16-bit buffers, are widened. As in any state dict, what is FP32 already (full masters, FP32
+        parameters) is the live tensor: clone it, or save it, before the next step.
+
+        Raises:
+            ValueError: if the model holds none of this optimizer's parameters.
+        """
+        self._settle()
+        self._check_finished("fp32_state_dict()")
+        self._check_master_shapes(self._params())
+        loading.take_over_wide(self._wide, partly=False)
+        return fp32_weights.fp32_state_dict(model, self.masters())
+
+    @torch.no_grad()
+    def load_fp32_state_dict(self, model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+        """Load FP32 weights: masters keep every bit, 16-bit parameters get their rounding.
+
+        Raises:
+            ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
+        """
+        self._settle()
+        self._check_master_shapes(self._params())
+        ours = {id(param) for param in self._params() if self._store.has(param)}
+
+        def set_master(param: Tensor, value: Tensor) -> bool:
+            if id(param) in ours:
+                self._store.set(self.state, param, value.float())
+            return id(param) in ours
+
+        fp32_weights.load_fp32_state_dict(model, state_dict, set_master)
+
+    @torch.no_grad()
+    def adopt_params(self, params: Iterable[Tensor] | None = None) -> None:
+        """Read masters again from weights that somebody has written, where they are not the same.
+
+        A step does so as well, and warns. Where the weight is still its master, rounded, the master
+        keeps its FP32 bits. After a step that was stopped half-way, this says that training is to
+        go on from the weights and states that are there.
+
+        Args:
+            params: those to look at; all by default.
+        """
+        self._settle()
+        self._refuse_in_model("adopt_params()", "the weights will be rounded from")
+        chosen = list(self._params() if params is None else params)
+        self._check_master_shapes(chosen)
+        for param in chosen:
+            if self._store.known(self.state, param):
+                self._store.set(self.state, param, self._store.master(self.state, param))
+        if params is None:
+            self._broken = ""
+
+    # ---------------------------------------- state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer; its parameters get masters at their first step."""
+        if not hasattr(self, "inner"):
+            super().add_param_group(param_group)
+            return
+        self._settle()
+        known = len(self.param_groups)
+        self.inner.add_param_group(param_group)
+        try:
+            check_parameters(self.param_groups, self._store.choice, self._fused.fused)
+        except BaseException:
+            del self.param_groups[known:]
+            raise
+        self._adopt_state()
+        take_over(self)
+        self._admissions.clear()
+        self._fused.reset()
+        self._checked = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the parameters' gradients, as the inner optimizer does."""
+        self.inner.zero_grad(set_to_none=set_to_none)
+        self._scaled_grads = []
+
+    def train(self, mode: bool = True) -> None:
+        """Pass `train()` or `eval()` on to a rule that has modes (schedule-free); else nothing."""
+        run_in_plain_modes(lambda _: self._set_mode(mode), None)
+
+    def _set_mode(self, mode: bool) -> None:
+        method: Callable[[], Any] | None = getattr(self.inner, "train" if mode else "eval", None)
+        if method is None:
+            return
+        if any(self.state.get(p) for p in self._params()):
+            self._settle()
+            self._check_finished("train()" if mode else "eval()")
+            self._ready()
+            self._fused.release()
+            groups: dict[int, list[Tensor]] = {
+                i: [p for p in group["params"] if self.state.get(p) or not self._in_buckets]
+                for i, group in enumerate(self.param_groups)
+            }
+            self._undoable(lambda: self._change_mode(method, groups))
+            self._warn_of_edits()
+            return
+        method()  # nothing to move yet, and a rule may want its mode before it is tried
+        for param in [p for p in self._params() if p in self.state and not self.state[p]]:
+            del self.state[param]
+
+    def _change_mode(self, method: Callable[[], Any], groups: dict[int, list[Tensor]]) -> None:
+        undo = self._record.rule = self._rule_undo(sum(map(len, groups.values())))
+        self._run_rule(method, None, groups, undo)
+
+    def eval(self) -> None:
+        """Pass `eval()` on to a rule that has modes, see `train`."""
+        self.train(False)
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the state of all parameters that have none, as it is before a first step.
+
+        Distributed checkpoints read the state of a fresh optimizer as the template of what to
+        load, and want every parameter to have some. The rule runs on copies with zero gradients at
+        lr = 0; counters called `step` are set back to 0, and groups are left as they are.
+
+        Raises:
+            RuntimeError: for a rule that evaluates closures (LBFGS), whose state needs a loss.
+        """
+        run_in_plain_modes(lambda _: self._make_state(), None)
+
+    def _make_state(self) -> None:
+        self._settle()
+        self._check_finished("init_state()")
+        self._refuse_in_model("init_state()", "are no state")
+        self._ready()
+        if self._admission is not None and self._admission.calls_closure:
+            raise RuntimeError(
+                f"{type(self.inner).__name__} makes its state from a closure's loss; step once "
+                f"before saving or loading a distributed checkpoint."
+            )
+        new = [
+            (index, param)
+            for index, group in enumerate(self.param_groups)
+            for param in group["params"]
+            if param.requires_grad and not set(self.state.get(param, ())) - {MASTER}
+        ]
+        one_by_one = self._admission is None or self._admission.per_parameter
+        for chosen in [[item] for item in new] if one_by_one else [new]:
+            make_state(self.inner, self.state, self._store, chosen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner rule's state dict, with an FP32 `master` for each 16-bit parameter.
+
+        Masters are decoded, so full and split checkpoints are one format, and a bare optimizer on
+        FP32 parameters loads them too. Empty before the first step, as for any optimizer. A loss
+        scaler's state is in it as "loss_scaler".
+
+        Raises:
+            ValueError: for a parameter that is no longer of its master's shape.
+        """
+        self._settle()
+        self._check_finished("state_dict()")
+        own = own_entries(self.inner)
+        hooks: list[Any] = []
+        try:
+            hooks.append(self.register_state_dict_post_hook(self._decode, prepend=True))
+            return {**own, **super().state_dict()}
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
+        self._check_master_shapes(self._params())
+        state = dict(state_dict["state"])
+        wide = {id(param): master for param, master in self._wide}
+        for key, param in zip(ids, self._params(), strict=True):
+            if key in state:
+                state[key] = self._fused.decoded(state[key], param)
+            adopted = bool(state.get(key)) and self._store.has(param)  # it starts from the weight
+            if adopted or self._store.known(self.state, param):
+                state[key] = {**state.get(key, {}), MASTER: self._store.master(self.state, param)}
+            elif id(param) in wide:
+                state[key] = {**state.get(key, {}), MASTER: wide[id(param)]}
+        scaler: Any = self.loss_scaler
+        extra = {checkpoint.LOSS_SCALER: scaler.state_dict()} if scaler is not None else {}
+        return {**state_dict, "state": state, **extra}
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, in either storage, or of the bare inner optimizer.
+
+        Everything is checked first, what the rule will want of it included; a load that fails or
+        is interrupted has changed nothing. States come back at the dtype they were saved in, and
+        the loss scaler, where one was saved and is here. Weights are not written: where a weight
+        is not the rounding of the loaded master when the next step begins, the weight wins, with a
+        warning. So the model and the optimizer may be loaded in either order. Only FP32 parameters
+        that are the roundings of saved masters become those masters.
+
+        Raises:
+            TypeError: for what is no dict.
+            ValueError: naming what is missing, too much or misshapen in the checkpoint, or that
+                another rule saved it.
+            RuntimeError: inside `masters_in_model()`.
+        """
+        self._refuse_in_model("load_state_dict()", "would be overwritten when it ends")
+        checkpoint.check_dict(state_dict)
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed: Any = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        names = {id(param): name for param, name in names_of(self.param_groups)}
+        loaded = loading.read(
+            state_dict, self.inner, self.loss_scaler, lambda param: names[id(param)]
+        )
+        self._commit(loaded)
+        loading.take_over_wide(self._wide, partly=False)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _commit(self, loaded: loading.Loaded) -> None:
+        inner, store, scaler = self.inner, self._store, self.loss_scaler
+        objects = [self, inner, store, self._fused, *([] if scaler is None else [scaler])]
+        before = loading.Before(objects, [*self.param_groups, inner.defaults])
+        undo_own = loading.undo_own(inner) if loaded.own else None
+        scale = None if scaler is None else scaler.get_scale()
+        try:
+            loading.commit(loaded, inner, scaler)
+            self.state = inner.state
+            # Masters that wait stay beside a bare optimizer's states, which have none.
+            kept = {} if loaded.has_masters else dict(store.early.items())
+            store.early = WeakIdKeyDictionary({**kept, **loaded.early})
+            store.forget_versions()
+            self._broken = ""
+            self._fused.adopt(self._params())
+            self._wide, self._fresh_masters = loaded.wide, loaded.has_masters
+            if scaler is not None and scaler.get_scale() != scale:
+                # Gradients at hand carry the scale of before; the next step has to have new ones.
+                self._losses_seen = scaler.losses_scaled
+        except BaseException:
+            before.restore()
+            if undo_own is not None:
+                undo_own()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._refuse_in_model("copying", "would be FP32 for ever in the copy")
+        self._settle()
+        self._check_finished("copying this optimizer")
+        shared = {"state", "param_groups", "defaults"}
+        apart = ("inner", "_fused", "_device_judge", "_dtypes", "_undo", "_scaled_grads")
+        own = {k: v for k, v in vars(self).items() if k not in apart and _is_picklable(k)}
+        rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
+        fused = (self._fused.fused, self._fused.formats)
+        # The rule itself, so that a schedule over it is copied as one over the copy's rule.
+        return {**own, "inner": self.inner, "_rule": rule, "_fused": fused}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "inner" not in state:
+            super().__setstate__(state)
+            return
+        rule, fused = state["_rule"], state["_fused"]
+        own = {k: v for k, v in state.items() if k not in ("_rule", "_fused")}
+        hooks = {name: OrderedDict[int, Any]() for name in _HOOKS}
+        vars(self).update(own, **hooks)
+        shared = {name: own[name] for name in ("state", "param_groups", "defaults")}
+        vars(self.inner).update(rule, **shared, **hooks)
+        self._dtypes, self._undo, self._scaled_grads = WeakIdKeyDictionary(), None, []
+        self._patch_step_function()
+        self.inner._patch_step_function()
+        self._store.forget_versions()
+        self._fused = FusedStep(self.inner, self._store, *fused)
+        self._device_judge = DeviceJudge()
+        self._fused.adopt(self._params())
+        take_over(self)
+        guard_inner_step(self)
+
+    # ---------------------------------------- what happened, and why
+
+    @property
+    def grads_finite(self) -> bool:
+        """Whether the last step went through. May synchronise.
+
+        False if it was skipped, for gradients or a `grad_factor` that were not finite, and if there
+        was nothing to step with: no tokens, or no gradient. A schedule that waits for it counts
+        what the rule counts. True before the first step.
+        """
+        verdict = self._verdict
+        return verdict is None or (bool(verdict.held) and not bool(verdict.overflowed))
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last step and counts since construction, as floats. May synchronise.
+
+        `grad_norm` is the L2 norm after unscaling and before clipping; a step that is skipped for
+        its `grad_factor` has that of the gradients times it, so inf or NaN. `steps` went through,
+        as many as the rule itself has counted; `skipped_steps` were skipped, `skips_in_a_row` of
+        them since the last that went through; `empty_steps` had no tokens or no gradient.
+        """
+        counts = self._skips.now()
+        metrics = {
+            "grad_norm": 0.0 if self._verdict is None else float(self._verdict.norm),
+            "steps": float(counts.stepped),
+            "skipped_steps": float(counts.skipped),
+            "skips_in_a_row": float(counts.skipped_in_a_row),
+            "empty_steps": float(counts.empty),
+        }
+        if self.loss_scaler is not None:
+            metrics["loss_scale"] = self.loss_scaler.get_scale()
+        return metrics
+
+    def explain(self, *, formula: bool = False, source: bool = False) -> str:
+        """How the rule runs and why, in which tier, and what each group's masters cost.
+
+        Changes nothing. Where a step would refuse, it says so in the step's words.
+
+        With `formula`, also what the rule computes for each element, read off its own code by
+        recording a step: a prime marks new values, s0, s1, ... are numbers that follow from the
+        group and the step, r0, r1, ... numbers of one tensor such as a sum, numel its elements. Or
+        the reason why there is none. With `source`, the Triton source of a fused group's kernel.
+
+        >>> import torch
+        >>> import mixprec
+        >>> weight = torch.nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+        >>> inner = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+        >>> print(mixprec.MixedPrecision(inner).explain(formula=True).partition("computes\\n")[2])
+            momentum_buffer' = momentum_buffer * s0 + grad
+            master' = master + s1 * momentum_buffer'
+        """
+        admission, refusal = self._considered()
+        whole = admission is not None and not admission.per_parameter
+        details = [f"non-finite gradients: {self.on_nonfinite} the step"]
+        if self.max_grad_norm is not None:
+            details.append(f"gradients clipped to norm {self.max_grad_norm} in FP32")
+        if self.loss_scaler is not None:
+            details.append(f"loss scaled by {type(self.loss_scaler).__name__}")
+        if formula:
+            details += _formulas(self.inner)
+        if source:
+            details += self._sources(whole)
+        return explain(
+            type(self.inner).__name__,
+            self.param_groups,
+            admission,
+            lambda param: self._will_store(param, whole),
+            self.bucket_numel,
+            lambda index: self._how_fused(index, whole),
+            details,
+            refusal,
+        )
+
+    def _considered(self) -> tuple[Admission | None, str]:
+        """How the rule would run, and why a step would refuse, if it would."""
+        admission = self._admission
+        try:
+            if admission is None and any(map(self._store.has, self._params())):
+                admission = admit(self.inner)
+            if admission is not None and not admission.per_parameter:
+                self._check_whole(admission)
+                self._fused.nobody(admission.reason)
+        except TypeError as error:
+            return admission, str(error)
+        return admission, ""
+
+    def _will_store(self, param: Tensor, whole: bool) -> Storage | Literal["frozen"]:
+        if not param.requires_grad and self._store.has(param):
+            if not self._store.known(self.state, param):
+                return "frozen"
+        storage = self._store.storage(param)
+        return "full" if whole and storage == "split" else storage
+
+    def _sources(self, whole: bool) -> Iterator[str]:
+        if whole:
+            return
+        for index in range(len(self.param_groups)):
+            try:
+                found = self._fused.considered(index)
+            except (TypeError, ValueError):
+                continue  # `_how_fused` says why
+            if found is not None and found.fusible:
+                yield f"param_groups[{index}] runs\n\n{self._fused.source(index)}"
+
+    def _how_fused(self, index: int, whole: bool) -> str:
+        """The tier of a group's 16-bit parameters, and why it is no lower one."""
+        below = "tier 3" if whole or self._store.choice == "full" else "tier 2"
+        if not any(map(self._store.has, self.param_groups[index]["params"])):
+            below = "the rule itself"
+        if whole:
+            return f"not fused ({below}): the rule sees all masters at once"
+        try:
+            found = self._fused.considered(index)
+        except (TypeError, ValueError) as error:
+            return f"refused by step(): {error}"
+        if found is None:
+            return f"not fused ({below}): {self._fused.why_not(index)}"
+        if not found.fusible:
+            return f"not fused ({below}): {found.reason}"
+        return f"fused (tier 1, {self._fused.means(index)}): {found.reason}"
+
+    # ---------------------------------------- small things
+
+    def _adopt_state(self) -> None:
+        """Widen what the inner optimizer has kept so far for 16-bit parameters."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                entry = self.state.get(param)
+                if entry and self._store.has(param) and MASTER not in entry:
+                    self.state[param] = checkpoint.widened(entry, param)
+                    checkpoint.refill_adagrad(self.inner, group, self.state[param])
+
+    def _ready(self, *, with_loss: bool = False) -> None:
+        super()._ready(with_loss=with_loss)
+        if self._wide:
+            self._conclude_wide()
+
+    def _conclude_wide(self) -> None:
+        """Weights are loaded by now: masters become FP32 parameters, or are dropped, aloud."""
+        here = {id(param) for param in self._params()}
+        wide = [(param, master) for param, master in self._wide if id(param) in here]
+        others = loading.take_over_wide(wide, partly=True)
+        self._wide = []
+        if others:
+            more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
+            self._warn(
+                "wide",
+                f"{self._name(others[0])}{more} {str(others[0].dtype).removeprefix('torch.')} here "
+                f"and has a master in the loaded checkpoint, of which it is no rounding to 16 "
+                f"bits; the weights won, the masters were dropped. To go on from the masters, load "
+                f"the FP32 weights that fp32_state_dict(model) of that run gives, with "
+                f"load_fp32_state_dict(model, ...).",
+            )
+
+    def _warn_of_edits(self) -> None:
+        fresh, self._fresh_masters = self._fresh_masters, False
+        if fresh and self._store.edited:
+            names = [self._name(param) for param in self._store.edited]
+            more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+            self._store.edited.clear()
+            self._warn(
+                "load",
+                f"{names[0]}{more} not the rounding of the masters that were loaded; the weights "
+                f"won where they differ. Are the model's weights of another moment than the "
+                f"optimizer's, or its parameters in another order? Without names they are paired "
+                f"by position: pass named_parameters() to the optimizer.",
+            )
+        super()._warn_of_edits()
+
+    def _refuse_in_model(self, call: str, why: str) -> None:
+        if self._in_model:
+            raise RuntimeError(
+                f"{call} inside masters_in_model(): the model holds FP32 masters there, which "
+                f"{why}. Leave the context first."
+            )
+
+
+def _formulas(inner: Optimizer) -> Iterator[str]:
+    """What each group's rule computes by element, in a step after its first ones."""
+    for index, group in enumerate(inner.param_groups):
+        if group["params"]:
+            found = admit_fused(inner, index)
+            if found.fusible:
+                lines = str(found.programs[-1]).splitlines()
+                yield "\n    ".join([f"param_groups[{index}] computes", *lines])
+            else:
+                yield f"param_groups[{index}] has no formula: {found.reason}"
+
+
+def _is_picklable(name: str) -> bool:
+    """Schedulers put a bound `step` on the instance; torch leaves hooks out of its pickles too."""
+    return name not in _HOOKS and name not in ("step", "grad_scale", "found_inf")
+
+
+def _check_inner(inner: object) -> None:
+    if isinstance(inner, MixedPrecision):
+        raise TypeError(
+            "inner is a MixedPrecision already: two wrappers would hold two masters of one weight. "
+            "Wrap its inner optimizer, or use it as it is."
+        )
+    if not isinstance(inner, Optimizer):
+        hint = " Call the class first." if isinstance(inner, type) else ""
+        kind = inner.__name__ if isinstance(inner, type) else type(inner).__name__
+        raise TypeError(
+            f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
+            f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
+        )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__):
+        raise TypeError(
+            "inner is a ZeroRedundancyOptimizer, which steps an optimizer of its own over this "
+            "rank's parameters, where masters would not reach. The other order is right, bit by "
+            "bit: ZeroRedundancyOptimizer(params, optimizer_class=lambda params, **options: "
+            "mixprec.MixedPrecision(torch.optim.AdamW(params, **options)), lr=...)."
+        )
+    if not {"param_groups", "state", "_optimizer_step_pre_hooks"} <= vars(inner).keys():
+        raise TypeError(
+            f"{type(inner).__name__} has no param_groups and state of its own, as a wrapper around "
+            f"another optimizer has not, so masters could not take the parameters' place. Give the "
+            f"optimizer that it wraps to MixedPrecision, and wrap the result."
+        )

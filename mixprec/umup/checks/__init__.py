@@ -1,0 +1,1 @@
+"""Whether a model does what the table promises, in numbers."""

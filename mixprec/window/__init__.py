@@ -1,0 +1,1 @@
+"""The micro-batches of one step: their gradients, losses and tokens."""
