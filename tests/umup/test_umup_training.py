@@ -183,7 +183,7 @@ def test_fully_sharded_and_tensor_parallel_models_step_as_whole_ones(tmp_path: P
 def test_the_example_finds_a_rate_at_one_width_and_trains_another_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = Path(__file__).parent.parent / "examples" / "transfer_learning_rate.py"
+    example = Path(__file__).parents[2] / "examples" / "transfer_learning_rate.py"
     sizes = ["--steps", "10", "--small", "32", "--large", "64"]
     monkeypatch.setattr(sys, "argv", [str(example), *sizes])
     runpy.run_path(str(example), run_name="__main__")

@@ -48,7 +48,7 @@ def test_without_a_value_the_table_has_the_figures_of_every_format(
 
 
 def test_the_docs_show_the_table_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    page = Path(__file__).parent.parent / "docs" / "formats.md"
+    page = Path(__file__).parents[2] / "docs" / "formats.md"
     assert output(capsys) in page.read_text()
 
 

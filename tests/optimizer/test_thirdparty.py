@@ -22,7 +22,7 @@ from mixprec.optimizer.fused.self_check import SPACING, TOLERANCE
 
 pytestmark = pytest.mark.thirdparty
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGES = (
     "pytorch_optimizer",
     "schedulefree",

@@ -29,7 +29,7 @@ from mixprec.cli.table import wrapped
 from mixprec.float8.conversion import float8_layers
 from mixprec.formats import FP32
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TINY = Settings(steps=3, width=16, depth=1, context=24, micro_batches=2, held_out=4, warmup=1)
 ENDS = {
     "fp32": 2.95,
