@@ -20,10 +20,16 @@ from torch.optim import Optimizer
 
 from mixprec.caller_modes import plain_modes
 from mixprec.gradients import grad_norm, is_dtensor, scale_
-from mixprec.optimizer.rule.stand_ins import takes_found_inf
 from mixprec.parameters import names_of
 
-__all__ = ["Outcome", "check_plain", "is_mixed_precision", "refuse_closure_rule", "step_plain"]
+__all__ = [
+    "Outcome",
+    "check_plain",
+    "is_mixed_precision",
+    "refuse_closure_rule",
+    "step_plain",
+    "takes_found_inf",
+]
 
 
 class Outcome(NamedTuple):
@@ -38,6 +44,12 @@ class Outcome(NamedTuple):
     named_grads: list[tuple[str, Tensor]]
     judged_factor: Tensor
     """The factor, or NaN if it is none to multiply gradients by; those are left alone then."""
+
+
+def takes_found_inf(inner: Optimizer) -> bool:
+    """Whether the rule skips on the device when given `found_inf` (torch's fused rules do)."""
+    supports = bool(getattr(inner, "_step_supports_amp_scaling", False))
+    return supports and all(bool(group.get("fused")) for group in inner.param_groups)
 
 
 def is_mixed_precision(optimizer: Optimizer) -> bool:

@@ -83,8 +83,9 @@ def convert(model: nn.Module, format: Format, *, keep_fp32: Sequence[str] = (NOR
 
     `mixprec.cast_model` says which modules a pattern keeps, and what is refused.
 
-    >>> from mixprec import conversion, formats
-    >>> print(conversion.convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), formats.FP16))
+    >>> from mixprec import formats
+    >>> from mixprec.casting.model import convert
+    >>> print(convert(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), formats.FP16))
     0  Linear     20 parameters  fp32 -> fp16
     1  LayerNorm   8 parameters  fp32 -> fp32  matches '*norm*'
     """

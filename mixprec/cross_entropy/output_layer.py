@@ -38,7 +38,7 @@ def weight_and_bias(
     Raises:
         TypeError: for a layer that does more, with the name of it, and for a second bias.
 
-    >>> from mixprec.output_layer import weight_and_bias
+    >>> from mixprec.cross_entropy.output_layer import weight_and_bias
     >>> weight, bias = weight_and_bias(nn.Linear(8, 50), None)
     >>> weight.shape, bias.shape
     (torch.Size([50, 8]), torch.Size([50]))

@@ -46,11 +46,11 @@ from mixprec.optimizer.rule.stand_ins import (
     fill_buckets,
     rule_of,
     shared_keys,
-    takes_found_inf,
 )
 from mixprec.optimizer.undo import BareRun, Leaving, RuleUndo, StepUndo
 from mixprec.optimizer.verdict import Verdict, judge, no_gradients, unjudged
 from mixprec.parameters import names_of
+from mixprec.plain_optimizer import takes_found_inf
 
 _Result = TypeVar("_Result")
 

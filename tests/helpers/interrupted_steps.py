@@ -11,7 +11,8 @@ looks at everything that a user can see, and goes on. What may come out:
               gradients alone were changed, the next step refuses those until there are others
     silent    anything else: a fault to mend
 
-`python tests/helpers/interrupted_steps.py` prints the counts by case, and each silent line; see `--help`.
+`python tests/helpers/interrupted_steps.py` prints the counts by case, and each silent line; see
+`--help`.
 """
 
 from __future__ import annotations

@@ -40,12 +40,6 @@ def rule_of(inner: Optimizer) -> Callable[..., Any]:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-def takes_found_inf(inner: Optimizer) -> bool:
-    """Whether the rule skips on the device when given `found_inf` (torch's fused rules do)."""
-    supports = bool(getattr(inner, "_step_supports_amp_scaling", False))
-    return supports and all(bool(group.get("fused")) for group in inner.param_groups)
-
-
 def shared_keys(inner: Optimizer) -> set[Any]:
     """The keys of the optimizer's state that are no parameters."""
     return {key for key in cast(dict[Any, Any], inner.state) if not isinstance(key, Tensor)}

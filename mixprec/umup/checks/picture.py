@@ -44,7 +44,7 @@ def draw(
 
     Points that are not finite (or not positive, on a logarithmic axis) end a line's part.
 
-    >>> from mixprec.umup.picture import Line, draw
+    >>> from mixprec.umup.checks.picture import Line, draw
     >>> draw([Line("a", [1, 2], [3, 4])], title="t", x_label="x", y_label="y").count("polyline")
     1
     """

@@ -186,7 +186,7 @@ def flushed(tensor: Tensor, format: Format) -> float:
 
     >>> import torch
     >>> from mixprec import formats
-    >>> from mixprec.umup.scales import flushed
+    >>> from mixprec.umup.checks.scales import flushed
     >>> flushed(torch.tensor([0.0, 1.0, 2.0**-11]), formats.E4M3)
     0.5
     """
