@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.machine_errors import is_of_the_machine
-from mixprec.optimizer.fused.program.program import REDUCTIONS, Program
+from mixprec.optimizer.fused.program.operations import REDUCTIONS
+from mixprec.optimizer.fused.program.program import Program
 from mixprec.optimizer.fused.recording.kinds import Kinds
 from mixprec.optimizer.fused.recording.probe import Probe, Recording, RuleState, is_one
 from mixprec.optimizer.fused.recording.recorder import NotFusible

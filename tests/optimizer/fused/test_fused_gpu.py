@@ -18,7 +18,8 @@ from mixprec import formats
 from mixprec.optimizer.fused.judge import DeviceJudge
 from mixprec.optimizer.fused.kernels.emit import WEIGHT, Layout
 from mixprec.optimizer.fused.kernels.launch import KernelLaunch, TwinLaunch
-from mixprec.optimizer.fused.program.program import BOOLEAN, OPERATIONS, Op, Program
+from mixprec.optimizer.fused.program.operations import BOOLEAN, OPERATIONS
+from mixprec.optimizer.fused.program.program import Op, Program
 from mixprec.optimizer.fused.recording.probe import Probe, RuleState
 from mixprec.optimizer.state_formats import encode, scale_key
 from mixprec.optimizer.step_counts import StepCounts

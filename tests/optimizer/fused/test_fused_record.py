@@ -17,7 +17,8 @@ from small_rules import Rule, params, recordings
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
-from mixprec.optimizer.fused.program.program import OPERATIONS, Op, Program
+from mixprec.optimizer.fused.program.operations import OPERATIONS
+from mixprec.optimizer.fused.program.program import Op, Program
 from mixprec.optimizer.fused.recording.probe import Probe, RuleState
 from mixprec.optimizer.fused.recording.recorder import NotFusible, Recorder
 from mixprec.optimizer.fused.self_check import TOLERANCE, admit_fused

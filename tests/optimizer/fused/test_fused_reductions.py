@@ -16,7 +16,8 @@ from small_rules import Rule, params, recordings
 from torch import Tensor
 
 from mixprec import MixedPrecision
-from mixprec.optimizer.fused.program.program import NUMEL, OPERATIONS, Op, Program
+from mixprec.optimizer.fused.program.operations import OPERATIONS
+from mixprec.optimizer.fused.program.program import NUMEL, Op, Program
 from mixprec.optimizer.fused.recording import translations
 from mixprec.optimizer.fused.recording.kinds import Kinds
 from mixprec.optimizer.fused.recording.probe import Element, Probe, RuleState

@@ -13,7 +13,8 @@ from small_rules import Rule, params
 from torch import Tensor
 
 import mixprec
-from mixprec.optimizer.fused.program.program import OPERATIONS, REDUCTIONS, Op, Program
+from mixprec.optimizer.fused.program.operations import OPERATIONS, REDUCTIONS
+from mixprec.optimizer.fused.program.program import Op, Program
 from mixprec.optimizer.fused.program.signs import (
     classes,
     level_of,

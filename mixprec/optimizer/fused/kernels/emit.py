@@ -36,7 +36,8 @@ from functools import cached_property
 import torch
 
 from mixprec.optimizer.fused.kernels.expressions import expression
-from mixprec.optimizer.fused.program.program import BOOLEAN, GRAD, MASTER, NUMEL, Op, Program
+from mixprec.optimizer.fused.program.operations import BOOLEAN
+from mixprec.optimizer.fused.program.program import GRAD, MASTER, NUMEL, Op, Program
 from mixprec.optimizer.fused.program.stages import elements_for, kept_numbers, stages
 from mixprec.optimizer.masters import Storage
 from mixprec.optimizer.state_formats import BLOCK, TOP, scale_key

@@ -28,13 +28,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mixprec.optimizer.fused.program.operations import ATOM, OPERATIONS, REDUCTIONS
 
 MASTER = "master"
 GRAD = "grad"
@@ -200,135 +202,6 @@ def _filled(like: Tensor, result: Tensor | float) -> Tensor:
     return torch.full_like(like, result)
 
 
-# ---------------------------------------- operations
-
-_COMPARE, _SUM, _PRODUCT, _ATOM = range(4)
-"""How tightly an expression binds."""
-
-
-@dataclass(frozen=True)
-class Operation:
-    """How an operation is computed and written.
-
-    Attributes:
-        compute: the result from tensors, and floats that are FP32 values.
-        template: the expression, with a place for each input.
-        level: how tightly the expression binds.
-        needs: how tightly each input has to bind to stand without parentheses.
-    """
-
-    compute: Callable[..., Any]
-    template: str
-    level: int
-    needs: tuple[int, ...]
-
-
-def _tensor(value: Tensor | float) -> Tensor:
-    # Never of torch's default dtype, which users set to BF16 now and then.
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
-
-
-def _function(name: str, compute: Callable[..., Any], arity: int = 1) -> Operation:
-    places = ", ".join(["{}"] * arity)
-    return Operation(compute, f"{name}({places})", _ATOM, (_COMPARE,) * arity)
-
-
-def _binary(
-    symbol: str, compute: Callable[..., Any], level: int, *, loose: bool = False
-) -> Operation:
-    """`a symbol b`, from left to right; `loose` if the right side may be of the same level."""
-    right = level if loose else level + 1
-    call = lambda a, b: compute(_tensor(a), b)  # noqa: E731
-    return Operation(call, f"{{}} {symbol} {{}}", level, (level, right))
-
-
-def _at_least(value: Any, bound: Any) -> Tensor:
-    bounded = torch.maximum if isinstance(bound, Tensor) else torch.clamp_min
-    return bounded(_tensor(value), bound)
-
-
-def _at_most(value: Any, bound: Any) -> Tensor:
-    bounded = torch.minimum if isinstance(bound, Tensor) else torch.clamp_max
-    return bounded(_tensor(value), bound)
-
-
-_UNARY = (
-    "neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh "
-    "tanh sigmoid erf relu sign floor ceil trunc round isfinite isnan isinf logical_not exp2 log10 "
-    "asinh acosh atanh erfc erfinv lgamma"
-).split()
-
-_COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
-
-_LOGICAL = {"logical_and": "and", "logical_or": "or", "logical_xor": "xor"}
-
-BOOLEAN = frozenset({*_COMPARISONS, *_LOGICAL, "isfinite", "isnan", "isinf", "logical_not"})
-"""Operations whose result is true or false."""
-
-REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": torch.sum,
-    "amax": torch.amax,
-    "amin": torch.amin,
-}
-"""Operations that make one number out of a value of all elements."""
-
-OPERATIONS: dict[str, Operation] = {
-    **{name: _function(name, compute) for name, compute in REDUCTIONS.items()},
-    **{name: _function(name, getattr(torch, name)) for name in _UNARY},
-    "neg": Operation(torch.neg, "-{}", _PRODUCT, (_ATOM,)),
-    "reciprocal": Operation(torch.reciprocal, "1 / {}", _PRODUCT, (_ATOM,)),
-    "square": Operation(torch.square, "{}^2", _ATOM, (_ATOM,)),
-    "float": _function("float", lambda a: _tensor(a).float()),
-    "full": Operation(lambda a: a, "{}", _ATOM, (_ATOM,)),
-    "zeros": Operation(lambda: 0.0, "0", _ATOM, ()),
-    "ones": Operation(lambda: 1.0, "1", _ATOM, ()),
-    "add": _binary("+", torch.add, _SUM, loose=True),
-    "sub": _binary("-", torch.sub, _SUM),
-    "mul": _binary("*", torch.mul, _PRODUCT, loose=True),
-    "div": _binary("/", torch.div, _PRODUCT),
-    "pow": Operation(lambda a, b: torch.pow(_tensor(a), b), "{}^{}", _ATOM, (_ATOM, _ATOM)),
-    "atan2": _function("atan2", lambda a, b: torch.atan2(_tensor(a), _tensor(b)), 2),
-    "copysign": _function("copysign", lambda a, b: torch.copysign(_tensor(a), b), 2),
-    "fmod": _function("fmod", lambda a, b: torch.fmod(_tensor(a), b), 2),
-    "hypot": _function("hypot", lambda a, b: torch.hypot(_tensor(a), _tensor(b)), 2),
-    "max": _function("max", _at_least, 2),
-    "min": _function("min", _at_most, 2),
-    **{k: _binary(v, getattr(torch, k), _COMPARE) for k, v in _COMPARISONS.items()},
-    **{k: _binary(v, getattr(torch, k), _COMPARE) for k, v in _LOGICAL.items()},
-    "where": _function("where", lambda a, b, c: torch.where(a, _tensor(b), _tensor(c)), 3),
-    # Kept whole: torch's kernels round once where the separate operations would round twice.
-    "add_scaled": Operation(
-        lambda a, b, s: torch.add(_tensor(a), _tensor(b), alpha=s),
-        "{0} + {2} * {1}", _SUM, (_SUM, _PRODUCT, _PRODUCT),
-    ),
-    "sub_scaled": Operation(
-        lambda a, b, s: torch.sub(_tensor(a), _tensor(b), alpha=s),
-        "{0} - {2} * {1}", _SUM, (_SUM, _ATOM, _PRODUCT),
-    ),
-    "addcmul": Operation(
-        lambda a, b, c, s=1: torch.addcmul(_tensor(a), _tensor(b), _tensor(c), value=s),
-        "{0} + {1} * {2}", _SUM, (_SUM, _PRODUCT, _PRODUCT),
-    ),
-    "addcmul_scaled": Operation(
-        lambda a, b, c, s: torch.addcmul(_tensor(a), _tensor(b), _tensor(c), value=s),
-        "{0} + {3} * {1} * {2}", _SUM, (_SUM, _PRODUCT, _PRODUCT, _PRODUCT),
-    ),
-    "addcdiv": Operation(
-        lambda a, b, c, s=1: torch.addcdiv(_tensor(a), _tensor(b), _tensor(c), value=s),
-        "{0} + {1} / {2}", _SUM, (_SUM, _PRODUCT, _ATOM),
-    ),
-    "addcdiv_scaled": Operation(
-        lambda a, b, c, s: torch.addcdiv(_tensor(a), _tensor(b), _tensor(c), value=s),
-        "{0} + {3} * {1} / {2}", _SUM, (_SUM, _PRODUCT, _ATOM, _PRODUCT),
-    ),
-    "lerp": _function("lerp", lambda a, b, w: torch.lerp(_tensor(a), _tensor(b), w), 3),
-}  # fmt: skip
-"""Everything that a program may do.
-
-`lerp(a, b, w)` is `a + w * (b - a)`; for w of at least 0.5 `b - (1 - w) * (b - a)`, as in torch.
-"""
-
-
 # ---------------------------------------- printing
 
 
@@ -339,7 +212,7 @@ def _formula(program: Program) -> str:
     lines: list[str] = []
     for op in program.ops:
         operation = OPERATIONS[op.name]
-        inputs = [texts.get(name, (readable(name), _ATOM)) for name in op.inputs]
+        inputs = [texts.get(name, (readable(name), ATOM)) for name in op.inputs]
         places = [
             text if level >= need else f"({text})"
             for (text, level), need in zip(inputs, operation.needs, strict=True)

@@ -7,7 +7,8 @@ what is not. A state whose new value is not shown to be so is dropped, and the p
 with those that are left, until all of them hold up.
 
 Nothing is said of NaN, which has no sign. But there are two zeros, and -0 is a trap: it is no
-negative number, while its reciprocal is -inf. So a value has one of three levels:
+negative number, while its reciprocal is -inf. So a value has one of three levels, and
+`operations` says for each operation which one its result has:
 
     2   not negative and not -0, or NaN      its reciprocal is not negative either
     1   not negative, or NaN
@@ -23,7 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from mixprec.optimizer.fused.program.program import BOOLEAN, MASTER, NUMEL, Op, Program
+from mixprec.optimizer.fused.program.operations import OPERATIONS, Class
+from mixprec.optimizer.fused.program.program import MASTER, NUMEL, Op, Program
 
 __all__ = [
     "Levels",
@@ -34,22 +36,8 @@ __all__ = [
     "stay_non_negative",
 ]
 
-_ALWAYS = {
-    *("square", "abs", "exp", "exp2", "cosh", "sigmoid", "erfc", "hypot", "zeros", "ones"),
-    *BOOLEAN,
-}
-"""At level 2 whatever the inputs are."""
-
-_LIKE_ITS_INPUT = {
-    *("float", "full", "sign", "floor", "ceil", "trunc", "round", "sum", "amax", "amin"),
-    *("log1p", "expm1", "sinh", "tanh", "erf", "asin", "atan", "asinh", "atanh", "erfinv", "fmod"),
-}
-
 Levels = Mapping[str, int]
 """Of states that are not negative, by name: 1 or 2."""
-
-Class = tuple[int, bool, bool]
-"""Of a scalar: its level, whether it is above 0, whether it is at most 1."""
 
 
 def classes(scalars: Sequence[float]) -> tuple[Class, ...]:
@@ -119,53 +107,4 @@ def _levels(program: Program, scalars: tuple[Class, ...], before: Levels) -> dic
 
 def level_of(op: Op, inputs: Sequence[int], scalars: Mapping[str, Class]) -> int:
     """The level of an operation's result, by those of its inputs."""
-    names, name = op.inputs, op.name
-    if name in _ALWAYS:
-        return 2
-    if name in _LIKE_ITS_INPUT:
-        return inputs[0]
-    if name in ("sqrt", "relu"):  # the root of what is negative is NaN
-        return max(inputs[0], 1)
-    if name in ("reciprocal", "rsqrt", "pow", "atan2"):
-        return 2 if inputs[0] == 2 else 0
-    if name == "copysign":  # also that of a NaN, which is anybody's guess
-        return 2 if names[1] in scalars and inputs[1] == 2 else 0
-    if name == "max":
-        above = any(n in scalars and scalars[n][1] for n in names)
-        return 2 if above or min(inputs) == 2 else min(max(inputs), 1)
-    if name == "lerp":
-        level, _, at_most_one = scalars.get(names[2], (0, False, False))
-        return min(inputs[:2]) if level and at_most_one else 0
-    if name in ("min", "where"):
-        return min(inputs[-2:])
-    return _of_arithmetic(name, names, inputs)
-
-
-def _of_arithmetic(name: str, names: Sequence[str], inputs: Sequence[int]) -> int:
-    """Sums, products and quotients, and several of them in one."""
-    if name == "add":
-        return _sum(*inputs)
-    if name == "mul":
-        return _product(names, inputs)
-    if name == "div":
-        return _quotient(*inputs)
-    if name == "add_scaled":
-        return _sum(inputs[0], min(inputs[1:]))
-    if name in ("addcmul", "addcmul_scaled"):
-        return _sum(inputs[0], min([_product(names[1:3], inputs[1:3]), *inputs[3:]]))
-    if name in ("addcdiv", "addcdiv_scaled"):
-        return _sum(inputs[0], min([_quotient(*inputs[1:3]), *inputs[3:]]))
-    return 0
-
-
-def _sum(left: int, right: int) -> int:
-    """0 + -0 is 0."""
-    return max(left, right) if left and right else 0
-
-
-def _product(names: Sequence[str], inputs: Sequence[int]) -> int:
-    return 2 if names[0] == names[1] else min(inputs)
-
-
-def _quotient(above: int, below: int) -> int:
-    return above if below == 2 else 0
+    return OPERATIONS[op.name].sign(op.inputs, inputs, scalars)

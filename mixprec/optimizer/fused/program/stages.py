@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mixprec.optimizer.fused.program.program import NUMEL, REDUCTIONS, Op, Program
+from mixprec.optimizer.fused.program.operations import REDUCTIONS
+from mixprec.optimizer.fused.program.program import NUMEL, Op, Program
 
 __all__ = ["Stage", "elements_for", "kept_numbers", "stages"]
 

@@ -2,7 +2,7 @@
 
 A dispatch mode stands below autograd and above the kernels: each operation of torch passes through
 it with its tensors and numbers, whatever Python code called it. What touches the parameter, its
-gradient or its states becomes an operation of `program.OPERATIONS`, with the numbers lifted into a
+gradient or its states becomes an operation of `OPERATIONS`, with the numbers lifted into a
 list; the rest (step counts, bias corrections, learning rates held in tensors) just runs. Operations
 on lists of tensors (`torch._foreach_*`) are written down tensor by tensor, in-place ones as new
 values, so a rule reads the same however it was coded.
@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixprec.machine_errors import is_of_the_machine
-from mixprec.optimizer.fused.program.program import BOOLEAN, NUMEL, REDUCTIONS, NotFusible
+from mixprec.optimizer.fused.program.operations import BOOLEAN, REDUCTIONS
+from mixprec.optimizer.fused.program.program import NUMEL, NotFusible
 from mixprec.optimizer.fused.recording.calls import Call, Lifted
 from mixprec.optimizer.fused.recording.translations import OVER_ALL, TRANSLATIONS, decomposition_of
 

@@ -1,9 +1,11 @@
 """Torch's operations in terms of a program's: one function for each that is more than a name.
 
+Those that are no more than a name say so themselves (`Operation.torch`).
+
 What has no function here is taken apart by torch's own decompositions first (`decomposition_of`).
 
 Each takes where to write (`Writer`, the recorder) and the operands of a call of torch, in order,
-and emits one or more of `program.OPERATIONS`: values of elements by their names, numbers as they
+and emits one or more of `OPERATIONS`: values of elements by their names, numbers as they
 are. It returns the name of the result.
 """
 
@@ -16,6 +18,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from mixprec.optimizer.fused.program.operations import OPERATIONS
 from mixprec.optimizer.fused.program.program import NUMEL, NotFusible
 
 
@@ -262,13 +265,6 @@ def _plain(name: str) -> Callable[..., str]:
     return lambda r, *operands: r.emit(name, *operands)
 
 
-_PLAIN = (
-    "neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos tan asin acos atan sinh cosh "
-    "tanh sigmoid erf relu sign floor ceil trunc isfinite isnan isinf logical_not mul lt le "
-    "gt ge eq ne logical_and logical_or logical_xor lerp atan2 copysign fmod hypot exp2 "
-    "log10 asinh acosh atanh erfc erfinv lgamma"
-).split()
-
 OVER_ALL: dict[str, Callable[..., str]] = {
     "sum": _sum,
     "mean": _mean,
@@ -283,10 +279,7 @@ OVER_ALL: dict[str, Callable[..., str]] = {
 
 TRANSLATIONS: dict[str, Callable[..., str]] = {
     **OVER_ALL,
-    **{name: _plain(name) for name in _PLAIN},
-    **{name: _plain("max") for name in ("maximum", "clamp_min")},
-    **{name: _plain("min") for name in ("minimum", "clamp_max")},
-    **{f"bitwise_{name}": _plain(f"logical_{name}") for name in ("not", "and", "or", "xor")},
+    **{called: _plain(name) for name, found in OPERATIONS.items() for called in found.torch},
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros", "zero"), _zeros),
     **dict.fromkeys(("empty", "empty_like", "new_empty", "empty_strided"), _zeros),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _ones),
@@ -319,6 +312,5 @@ TRANSLATIONS: dict[str, Callable[..., str]] = {
     "contiguous": _same_value,
     "_to_copy": _same_value,
     "convert_element_type": _same_value,  # so called in torch's own decompositions
-    "sgn": _plain("sign"),
     "float_power": _pow,
 }
