@@ -20,13 +20,13 @@ LAYERS = (
     "float8",
     "ranges accumulation loss_scaling "
     # An optimizer's own layers, from what it holds to what it does.
-    "optimizer.masters optimizer.state_formats optimizer.verdict optimizer.step_counts "
-    "optimizer.culprits optimizer.remarks optimizer.grad_factor "
+    "optimizer.masters optimizer.state_formats optimizer.judging.verdict optimizer.reports.step_counts "
+    "optimizer.reports.culprits optimizer.reports.remarks optimizer.judging.grad_factor "
     "optimizer.fused.program",
     "optimizer.arguments optimizer.owners optimizer.rule optimizer.fused.kernels",
-    "optimizer.explain optimizer.fused.recording",
+    "optimizer.reports.explain optimizer.fused.recording",
     "optimizer.fused",
-    "optimizer.checkpoint optimizer.undo optimizer.outcome",
+    "optimizer.checkpoint optimizer.undo optimizer.reports.outcome",
     "optimizer.master_run",
     "optimizer.step",
     "optimizer.mixed_precision",

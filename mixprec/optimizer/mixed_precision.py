@@ -22,16 +22,16 @@ from mixprec.optimizer.arguments import check_options, check_parameters
 from mixprec.optimizer.checkpoint import fp32_weights, loading
 from mixprec.optimizer.checkpoint import reading as checkpoint
 from mixprec.optimizer.checkpoint.own_state import own_entries
-from mixprec.optimizer.explain import explain
 from mixprec.optimizer.fused.eligible import Fused
 from mixprec.optimizer.fused.judge import DeviceJudge
 from mixprec.optimizer.fused.self_check import admit_fused
 from mixprec.optimizer.fused.step import FusedStep
-from mixprec.optimizer.grad_factor import checked
+from mixprec.optimizer.judging.grad_factor import checked
 from mixprec.optimizer.master_run import make_state
 from mixprec.optimizer.masters import LOW, MASTER, MasterStore, Storage
-from mixprec.optimizer.outcome import LossScaler, OnNonfinite
 from mixprec.optimizer.owners import guard_inner_step, take_over
+from mixprec.optimizer.reports.explain import explain
+from mixprec.optimizer.reports.outcome import LossScaler, OnNonfinite
 from mixprec.optimizer.rule.admission import Admission, admit
 from mixprec.optimizer.state_formats import StateFormats
 from mixprec.optimizer.step import SteppingOptimizer

@@ -34,11 +34,12 @@ from mixprec.optimizer.fused.members import Members
 from mixprec.optimizer.fused.plan import Prepared
 from mixprec.optimizer.fused.recording.recorder import NotFusible
 from mixprec.optimizer.fused.step import FusedStep
-from mixprec.optimizer.grad_factor import complaint, on
+from mixprec.optimizer.judging.grad_factor import complaint, on
+from mixprec.optimizer.judging.verdict import Verdict, judge, no_gradients, unjudged
 from mixprec.optimizer.master_run import MasterRun
 from mixprec.optimizer.masters import LOW, MasterStore, Scratch
-from mixprec.optimizer.outcome import LossScaler, OnNonfinite, ReportingOptimizer
 from mixprec.optimizer.owners import superseded_by_newer
+from mixprec.optimizer.reports.outcome import LossScaler, OnNonfinite, ReportingOptimizer
 from mixprec.optimizer.rule.admission import Admission, accepts_sparse, admit, counts_writes, quote
 from mixprec.optimizer.rule.stand_ins import (
     Bucket,
@@ -48,7 +49,6 @@ from mixprec.optimizer.rule.stand_ins import (
     shared_keys,
 )
 from mixprec.optimizer.undo import BareRun, Leaving, RuleUndo, StepUndo
-from mixprec.optimizer.verdict import Verdict, judge, no_gradients, unjudged
 from mixprec.parameters import names_of
 from mixprec.plain_optimizer import takes_found_inf
 

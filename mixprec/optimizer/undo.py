@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.optimizer.fused.pending import Pending
+from mixprec.optimizer.judging.verdict import Verdict
 from mixprec.optimizer.rule.random_states import RandomStates
 from mixprec.optimizer.rule.stand_ins import GroupValues
-from mixprec.optimizer.verdict import Verdict
 
 __all__ = ["BareRun", "Contents", "RuleUndo", "StepUndo"]
 

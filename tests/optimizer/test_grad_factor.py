@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
 import mixprec
-from mixprec.optimizer.grad_factor import checked, complaint, on
-from mixprec.optimizer.verdict import judge, unjudged
+from mixprec.optimizer.judging.grad_factor import checked, complaint, on
+from mixprec.optimizer.judging.verdict import judge, unjudged
 
 NAN, INF = math.nan, math.inf
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -16,8 +16,8 @@ from torch.optim import LBFGS, SGD, AdamW
 
 import mixprec
 from mixprec.gradients import grad_norm, part_norms
-from mixprec.optimizer.culprits import Culprits, owners_of_nonfinite
-from mixprec.optimizer.step_counts import Letter, StepCounts
+from mixprec.optimizer.reports.culprits import Culprits, owners_of_nonfinite
+from mixprec.optimizer.reports.step_counts import Letter, StepCounts
 from mixprec.user_warnings import Said
 
 INF = float("inf")

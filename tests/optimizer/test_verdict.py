@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mixprec.optimizer.verdict import judge, no_gradients
+from mixprec.optimizer.judging.verdict import judge, no_gradients
 
 FINE = torch.tensor([3.0, 4.0])
 BAD = torch.tensor([3.0, float("inf")])

@@ -28,8 +28,8 @@ from mixprec.optimizer.fused.kernels.launch import (
     module_of,
     upload,
 )
-from mixprec.optimizer.step_counts import StepCounts
-from mixprec.optimizer.verdict import Verdict
+from mixprec.optimizer.judging.verdict import Verdict
+from mixprec.optimizer.reports.step_counts import StepCounts
 
 __all__ = ["DeviceJudge"]
 

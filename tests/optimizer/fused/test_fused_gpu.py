@@ -21,9 +21,9 @@ from mixprec.optimizer.fused.kernels.launch import KernelLaunch, TwinLaunch
 from mixprec.optimizer.fused.program.operations import BOOLEAN, OPERATIONS
 from mixprec.optimizer.fused.program.program import Op, Program
 from mixprec.optimizer.fused.recording.probe import Probe, RuleState
+from mixprec.optimizer.judging.verdict import judge
+from mixprec.optimizer.reports.step_counts import StepCounts
 from mixprec.optimizer.state_formats import encode, scale_key
-from mixprec.optimizer.step_counts import StepCounts
-from mixprec.optimizer.verdict import judge
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ import mixprec
 from mixprec.optimizer.fused.eligible import FusedGroups
 from mixprec.optimizer.fused.members import Members
 from mixprec.optimizer.fused.pending import Pending
-from mixprec.optimizer.verdict import Verdict
+from mixprec.optimizer.judging.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (3, 4, 5), (7,), (6, 2), (5,)]
 

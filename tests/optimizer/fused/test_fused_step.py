@@ -19,7 +19,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 import mixprec
 from mixprec import formats
 from mixprec.optimizer.fused.program.signs import non_negative_states
-from mixprec.optimizer.verdict import Verdict
+from mixprec.optimizer.judging.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (), (3, 4, 5), (0, 3)]
 

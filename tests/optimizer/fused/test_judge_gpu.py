@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mixprec.devices import has_triton
-from mixprec.optimizer.culprits import owners_of_nonfinite
 from mixprec.optimizer.fused.judge import DeviceJudge
-from mixprec.optimizer.step_counts import StepCounts
-from mixprec.optimizer.verdict import judge
+from mixprec.optimizer.judging.verdict import judge
+from mixprec.optimizer.reports.culprits import owners_of_nonfinite
+from mixprec.optimizer.reports.step_counts import StepCounts
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.gradients import nonfinite_names, once
-from mixprec.optimizer.culprits import Culprits
 from mixprec.optimizer.fused.step import FusedStep
-from mixprec.optimizer.grad_factor import complaint
-from mixprec.optimizer.remarks import EMPTY_IN_A_ROW, no_gradient, no_tokens, only_zeros
-from mixprec.optimizer.step_counts import Letter, StepCounts
-from mixprec.optimizer.verdict import Verdict
+from mixprec.optimizer.judging.grad_factor import complaint
+from mixprec.optimizer.judging.verdict import Verdict
+from mixprec.optimizer.reports.culprits import Culprits
+from mixprec.optimizer.reports.remarks import EMPTY_IN_A_ROW, no_gradient, no_tokens, only_zeros
+from mixprec.optimizer.reports.step_counts import Letter, StepCounts
 from mixprec.parameters import names_of
 from mixprec.user_warnings import Said
 
