@@ -20,17 +20,20 @@ LAYERS = (
     "float8",
     "ranges accumulation loss_scaling "
     # An optimizer's own layers, from what it holds to what it does.
-    "optimizer.masters optimizer.state_formats optimizer.judging.verdict optimizer.reports.step_counts "
-    "optimizer.reports.culprits optimizer.reports.remarks optimizer.judging.grad_factor "
-    "optimizer.fused.program",
-    "optimizer.arguments optimizer.owners optimizer.rule optimizer.fused.kernels",
-    "optimizer.reports.explain optimizer.fused.recording",
+    "optimizer.masters optimizer.state_formats optimizer.judging.verdict "
+    "optimizer.judging.grad_factor optimizer.reports.step_counts optimizer.reports.culprits "
+    "optimizer.reports.remarks optimizer.fused.program",
+    "optimizer.arguments optimizer.owners optimizer.setup optimizer.rule optimizer.fused.kernels "
+    "optimizer.judging.scaled_grads",
+    "optimizer.checks optimizer.fused.recording",
     "optimizer.fused",
-    "optimizer.checkpoint optimizer.undo optimizer.reports.outcome",
-    "optimizer.master_run",
+    "optimizer.undo optimizer.reports.outcome",
+    "optimizer.checkpoint optimizer.judging.judge optimizer.master_run",
+    "optimizer.buckets optimizer.recovery",
+    "optimizer.closures optimizer.reports.explain",
     "optimizer.step",
     "optimizer.mixed_precision",
-    "optimizer",
+    "optimizer optimizer.reports optimizer.judging",
     "precision",
     "",
     "cli",

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from parts import params_of
 from torch import nn
 from torch.optim import AdamW
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -127,7 +128,7 @@ def test_a_step_that_ran_out_of_memory_in_its_trial_can_be_taken_again(
     options: dict[str, Any],
 ) -> None:
     def step(optimizer: mixprec.MixedPrecision) -> None:
-        for p in optimizer._params():
+        for p in params_of(optimizer):
             p.grad = torch.ones_like(p)
         optimizer.step()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from mixprec.gradients import local
 from mixprec.optimizer.masters import LOW
@@ -17,6 +18,35 @@ from mixprec.optimizer.state_formats import check_formats
 from mixprec.parameters import Groups, names_of
 
 _STEPPABLE = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_inner(inner: object, ours: type[Optimizer]) -> None:
+    """Refuse what is no optimizer, a wrapper of our own, and rules that masters would not reach."""
+    if isinstance(inner, ours):
+        raise TypeError(
+            "inner is a MixedPrecision already: two wrappers would hold two masters of one weight. "
+            "Wrap its inner optimizer, or use it as it is."
+        )
+    if not isinstance(inner, Optimizer):
+        hint = " Call the class first." if isinstance(inner, type) else ""
+        kind = inner.__name__ if isinstance(inner, type) else type(inner).__name__
+        raise TypeError(
+            f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
+            f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
+        )
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__):
+        raise TypeError(
+            "inner is a ZeroRedundancyOptimizer, which steps an optimizer of its own over this "
+            "rank's parameters, where masters would not reach. The other order is right, bit by "
+            "bit: ZeroRedundancyOptimizer(params, optimizer_class=lambda params, **options: "
+            "mixprec.MixedPrecision(torch.optim.AdamW(params, **options)), lr=...)."
+        )
+    if not {"param_groups", "state", "_optimizer_step_pre_hooks"} <= vars(inner).keys():
+        raise TypeError(
+            f"{type(inner).__name__} has no param_groups and state of its own, as a wrapper around "
+            f"another optimizer has not, so masters could not take the parameters' place. Give the "
+            f"optimizer that it wraps to MixedPrecision, and wrap the result."
+        )
 
 
 def check_options(

@@ -18,23 +18,27 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec.caller_modes import run_in_plain_modes
-from mixprec.optimizer.arguments import check_options, check_parameters
+from mixprec.optimizer.arguments import check_inner, check_options, check_parameters
+from mixprec.optimizer.buckets import RuleCalls
 from mixprec.optimizer.checkpoint import fp32_weights, loading
 from mixprec.optimizer.checkpoint import reading as checkpoint
+from mixprec.optimizer.checkpoint.loaded_masters import LoadedMasters
 from mixprec.optimizer.checkpoint.own_state import own_entries
+from mixprec.optimizer.checks import ParamChecks
 from mixprec.optimizer.fused.eligible import Fused
-from mixprec.optimizer.fused.judge import DeviceJudge
-from mixprec.optimizer.fused.self_check import admit_fused
 from mixprec.optimizer.fused.step import FusedStep
 from mixprec.optimizer.judging.grad_factor import checked
+from mixprec.optimizer.judging.judge import Judge
+from mixprec.optimizer.judging.scaled_grads import ScaledGrads
 from mixprec.optimizer.master_run import make_state
-from mixprec.optimizer.masters import LOW, MASTER, MasterStore, Storage
-from mixprec.optimizer.owners import guard_inner_step, take_over
-from mixprec.optimizer.reports.explain import explain
-from mixprec.optimizer.reports.outcome import LossScaler, OnNonfinite
-from mixprec.optimizer.rule.admission import Admission, admit
+from mixprec.optimizer.masters import LOW, MASTER, MasterStore
+from mixprec.optimizer.owners import guard_inner_step, superseded_by_newer, take_over
+from mixprec.optimizer.recovery import Recovery
+from mixprec.optimizer.reports.explain import Explanation
+from mixprec.optimizer.reports.outcome import Outcome
+from mixprec.optimizer.setup import Driver, LossScaler, OnNonfinite, Setup
 from mixprec.optimizer.state_formats import StateFormats
-from mixprec.optimizer.step import SteppingOptimizer
+from mixprec.optimizer.step import Step
 from mixprec.optimizer.undo import Leaving
 from mixprec.parameters import names_of
 
@@ -48,7 +52,16 @@ _HOOKS = (
 )
 
 
-class MixedPrecision(SteppingOptimizer):
+def _setting(name: str, doc: str) -> Any:
+    """A setting of a step, which all parts read where it is kept."""
+    return property(
+        lambda self: getattr(self._setup, name),
+        lambda self, value: setattr(self._setup, name, value),
+        doc=doc,
+    )
+
+
+class MixedPrecision(Optimizer):
     """An optimizer that runs the rule of `inner` on FP32 masters of 16-bit parameters.
 
     Every BF16 or FP16 parameter `p` gets a master in FP32, kept with the rule's own state in
@@ -59,9 +72,8 @@ class MixedPrecision(SteppingOptimizer):
     Args:
         inner: any optimizer instance, fresh or with state, over the model's own parameters.
         masters: "full" keeps FP32 tensors (4 B/param); "split" keeps 16 bits beside each BF16
-        weight
-            (2 B/param), from which the FP32 value is restored exactly; "auto" takes "split" for
-            BF16 parameters of rules that treat tensors one by one, else "full".
+            weight (2 B/param), from which the FP32 value is restored exactly; "auto" takes "split"
+            for BF16 parameters of rules that treat tensors one by one, else "full".
         loss_scaler: a `DynamicLossScaler` or `StaticLossScaler`; scale losses with its `multiply`.
         max_grad_norm: clips the gradients of the whole step to this L2 norm, in FP32, after
             unscaling, with the formula of `torch.nn.utils.clip_grad_norm_`.
@@ -117,35 +129,44 @@ class MixedPrecision(SteppingOptimizer):
         fused: Fused = "auto",
         state_formats: StateFormats = None,
     ) -> None:
-        _check_inner(inner)
+        check_inner(inner, MixedPrecision)
         check_options(
             masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel, fused, state_formats
         )
         check_parameters(inner.param_groups, masters, fused)
-        store = MasterStore(masters)
-        super().__init__(
-            inner,
-            store,
-            loss_scaler,
-            max_grad_norm,
-            on_nonfinite,
-            bucket_numel,
-            FusedStep(inner, store, fused, state_formats),
-        )
+        super().__init__([{"params": []}], {})  # the groups will be the inner optimizer's own
+        self.inner = inner
         for name in _HOOKS:
             setattr(self, name, getattr(inner, name))
         self.defaults = inner.defaults
         self.param_groups, self.state = inner.param_groups, inner.state
-        self._wide: list[tuple[Tensor, Tensor]] = []
-        """Loaded masters of parameters that are not in 16 bits, until the first step."""
-        self._fresh_masters = False
-        """Whether masters were loaded since the last step."""
+        store = MasterStore(masters)
+        setup = Setup(inner, store, loss_scaler, max_grad_norm, on_nonfinite)
+        step = FusedStep(inner, store, fused, state_formats)
+        scaled, check, outcome = ScaledGrads(), ParamChecks(setup), Outcome(setup, step)
+        calls, judge = RuleCalls(setup, bucket_numel, check, scaled), Judge(setup, outcome)
+        loaded = LoadedMasters(setup, outcome)
+        parts = [setup, check, calls, outcome, loaded]
+        recovery = Recovery(setup, step, outcome, scaled, parts, check)
+        self._setup, self._store, self._fused, self._calls = setup, store, step, calls
+        self._check, self._scaled, self._outcome, self._loaded = check, scaled, outcome, loaded
+        self._recovery = recovery
+        self._take_step = Step(setup, calls, step, judge, outcome, check, scaled, recovery)
         self._adopt_state()
         take_over(self)
         guard_inner_step(self)
 
     def __repr__(self) -> str:
         return f"MixedPrecision({self.inner!r})"
+
+    loss_scaler = _setting("loss_scaler", "The loss scaler, whose state is saved with this.")
+    max_grad_norm = _setting("max_grad_norm", "The norm that gradients are clipped to.")
+    on_nonfinite = _setting("on_nonfinite", "What comes of gradients that are not finite.")
+
+    @property
+    def bucket_numel(self) -> int | None:
+        """Elements of FP32 scratch for a rule that runs bucket by bucket."""
+        return self._calls.bucket_numel
 
     # ---------------------------------------- the step
 
@@ -180,6 +201,40 @@ class MixedPrecision(SteppingOptimizer):
         """
         return run_in_plain_modes(self._step, closure, checked(grad_factor))
 
+    @torch._disable_dynamo
+    def _step(
+        self, closure: Callable[[], float] | None, grad_factor: Tensor | float | None
+    ) -> float | None:
+        self._begin("step()")
+        self._recovery.run(lambda: self._ready(with_loss=closure is not None))
+        loss, verdict = self._take_step(closure, grad_factor)
+        if verdict is not None:
+            self._loaded.warn_of_edits()
+            self._outcome.report(verdict)
+        return loss
+
+    def _begin(self, call: str = "") -> None:
+        """Before anything else: what came before is over, and whole if a call is named."""
+        self.inner.param_groups, self.inner.state = self.param_groups, self.state
+        self._setup.driver = Driver.of(self)
+        self._recovery.settle()
+        if call:
+            self._recovery.check_finished(call)
+
+    def _ready(self, *, with_loss: bool = False) -> None:
+        """Whether this may step; the device's news; a look at weights, rule and masters."""
+        if taken := superseded_by_newer(self):
+            raise RuntimeError(
+                f"parameter {taken!r} was given to a MixedPrecision created later; "
+                f"two wrappers would hold two masters of one weight. Step only the newest, or "
+                f"wrap separate parameters."
+            )
+        self._setup.refuse_in_model("step()", "a step would round to FP32")
+        self._outcome.hear()
+        self._check.first_look()
+        self._calls.admit(with_loss=with_loss)
+        self._loaded.conclude()
+
     @torch.no_grad()
     def prepare_replay(self) -> None:
         """Before each replay of a CUDA graph that holds `step()`: hand it this step's numbers.
@@ -201,15 +256,11 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             RuntimeError: without a captured step, and where the rule has taken another branch.
         """
-        self._settle()
-        self._check_finished("prepare_replay()")
-        self._hear()
-        self._undoable(
-            lambda: run_in_plain_modes(
-                lambda _: self._fused.prepare_replay(self._record.pending), None
-            )
-        )
-        self._count_replay()
+        self._begin("prepare_replay()")
+        self._outcome.hear()
+        prepare, recovery = self._fused.prepare_replay, self._recovery
+        recovery.run(lambda: run_in_plain_modes(lambda _: prepare(recovery.record.pending), None))
+        self._outcome.count_replay()
 
     # ---------------------------------------- masters and weights
 
@@ -219,9 +270,9 @@ class MixedPrecision(SteppingOptimizer):
         A full master is the live tensor, a split one a decoded copy. Read them; to change weights,
         use `masters_in_model` or write to the parameters.
         """
-        self._settle()
-        self._check_master_shapes(self._params())
-        for param in self._params():
+        self._begin()
+        self._check.shapes(self._setup.params())
+        for param in self._setup.params():
             with torch.no_grad():  # never around the yield: the caller's code would run inside
                 master = self._store.master(self.state, param)
             yield param, master
@@ -246,23 +297,20 @@ class MixedPrecision(SteppingOptimizer):
         >>> weight.dtype
         torch.bfloat16
         """
-        if self._in_model:
+        if self._setup.in_model:
             yield
             return
-        self._settle()
-        self._check_finished("masters_in_model()")
+        self._begin("masters_in_model()")
         held = [(p, p.data, master) for p, master in self.masters() if self._store.has(p)]
         buffers = [] if model is None else [b for b in model.buffers() if b.dtype in LOW]
         wide = [(buffer, buffer.data, buffer.float()) for buffer in buffers]
         try:
-            self._in_model, self._store.in_model = True, bool(held)
+            self._setup.in_model, self._store.in_model = True, bool(held)
             for tensor, _, value in (*held, *wide):
                 tensor.data = value
             yield
         finally:
-            self._undo = leaving = Leaving(self, held, wide)
-            leaving.restore_data()
-            self._settle_undo()
+            self._recovery.leave(Leaving(self._setup, held, wide))
 
     @torch.no_grad()
     def fp32_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -275,10 +323,9 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             ValueError: if the model holds none of this optimizer's parameters.
         """
-        self._settle()
-        self._check_finished("fp32_state_dict()")
-        self._check_master_shapes(self._params())
-        loading.take_over_wide(self._wide, partly=False)
+        self._begin("fp32_state_dict()")
+        self._check.shapes(self._setup.params())
+        self._loaded.become_params()
         return fp32_weights.fp32_state_dict(model, self.masters())
 
     @torch.no_grad()
@@ -288,9 +335,9 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
         """
-        self._settle()
-        self._check_master_shapes(self._params())
-        ours = {id(param) for param in self._params() if self._store.has(param)}
+        self._begin()
+        self._check.shapes(self._setup.params())
+        ours = {id(param) for param in self._setup.params() if self._store.has(param)}
 
         def set_master(param: Tensor, value: Tensor) -> bool:
             if id(param) in ours:
@@ -310,15 +357,15 @@ class MixedPrecision(SteppingOptimizer):
         Args:
             params: those to look at; all by default.
         """
-        self._settle()
-        self._refuse_in_model("adopt_params()", "the weights will be rounded from")
-        chosen = list(self._params() if params is None else params)
-        self._check_master_shapes(chosen)
+        self._begin()
+        self._setup.refuse_in_model("adopt_params()", "the weights will be rounded from")
+        chosen = list(self._setup.params() if params is None else params)
+        self._check.shapes(chosen)
         for param in chosen:
             if self._store.known(self.state, param):
                 self._store.set(self.state, param, self._store.master(self.state, param))
         if params is None:
-            self._broken = ""
+            self._recovery.accept()
 
     # ---------------------------------------- state
 
@@ -327,7 +374,7 @@ class MixedPrecision(SteppingOptimizer):
         if not hasattr(self, "inner"):
             super().add_param_group(param_group)
             return
-        self._settle()
+        self._begin()
         known = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
@@ -337,14 +384,14 @@ class MixedPrecision(SteppingOptimizer):
             raise
         self._adopt_state()
         take_over(self)
-        self._admissions.clear()
+        self._calls.try_again()
         self._fused.reset()
-        self._checked = False
+        self._check.checked = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the parameters' gradients, as the inner optimizer does."""
         self.inner.zero_grad(set_to_none=set_to_none)
-        self._scaled_grads = []
+        self._scaled.forget()
 
     def train(self, mode: bool = True) -> None:
         """Pass `train()` or `eval()` on to a rule that has modes (schedule-free); else nothing."""
@@ -354,25 +401,15 @@ class MixedPrecision(SteppingOptimizer):
         method: Callable[[], Any] | None = getattr(self.inner, "train" if mode else "eval", None)
         if method is None:
             return
-        if any(self.state.get(p) for p in self._params()):
-            self._settle()
-            self._check_finished("train()" if mode else "eval()")
+        if any(self.state.get(p) for p in self._setup.params()):
+            self._begin("train()" if mode else "eval()")
             self._ready()
-            self._fused.release()
-            groups: dict[int, list[Tensor]] = {
-                i: [p for p in group["params"] if self.state.get(p) or not self._in_buckets]
-                for i, group in enumerate(self.param_groups)
-            }
-            self._undoable(lambda: self._change_mode(method, groups))
-            self._warn_of_edits()
+            self._take_step.change_mode(method)
+            self._loaded.warn_of_edits()
             return
         method()  # nothing to move yet, and a rule may want its mode before it is tried
-        for param in [p for p in self._params() if p in self.state and not self.state[p]]:
+        for param in [p for p in self._setup.params() if p in self.state and not self.state[p]]:
             del self.state[param]
-
-    def _change_mode(self, method: Callable[[], Any], groups: dict[int, list[Tensor]]) -> None:
-        undo = self._record.rule = self._rule_undo(sum(map(len, groups.values())))
-        self._run_rule(method, None, groups, undo)
 
     def eval(self) -> None:
         """Pass `eval()` on to a rule that has modes, see `train`."""
@@ -392,11 +429,11 @@ class MixedPrecision(SteppingOptimizer):
         run_in_plain_modes(lambda _: self._make_state(), None)
 
     def _make_state(self) -> None:
-        self._settle()
-        self._check_finished("init_state()")
-        self._refuse_in_model("init_state()", "are no state")
+        self._begin("init_state()")
+        self._setup.refuse_in_model("init_state()", "are no state")
         self._ready()
-        if self._admission is not None and self._admission.calls_closure:
+        admission = self._calls.admission
+        if admission is not None and admission.calls_closure:
             raise RuntimeError(
                 f"{type(self.inner).__name__} makes its state from a closure's loss; step once "
                 f"before saving or loading a distributed checkpoint."
@@ -407,7 +444,7 @@ class MixedPrecision(SteppingOptimizer):
             for param in group["params"]
             if param.requires_grad and not set(self.state.get(param, ())) - {MASTER}
         ]
-        one_by_one = self._admission is None or self._admission.per_parameter
+        one_by_one = admission is None or admission.per_parameter
         for chosen in [[item] for item in new] if one_by_one else [new]:
             make_state(self.inner, self.state, self._store, chosen)
 
@@ -421,8 +458,7 @@ class MixedPrecision(SteppingOptimizer):
         Raises:
             ValueError: for a parameter that is no longer of its master's shape.
         """
-        self._settle()
-        self._check_finished("state_dict()")
+        self._begin("state_dict()")
         own = own_entries(self.inner)
         hooks: list[Any] = []
         try:
@@ -435,10 +471,10 @@ class MixedPrecision(SteppingOptimizer):
     @torch.no_grad()
     def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        self._check_master_shapes(self._params())
+        self._check.shapes(self._setup.params())
         state = dict(state_dict["state"])
-        wide = {id(param): master for param, master in self._wide}
-        for key, param in zip(ids, self._params(), strict=True):
+        wide = {id(param): master for param, master in self._loaded.wide}
+        for key, param in zip(ids, self._setup.params(), strict=True):
             if key in state:
                 state[key] = self._fused.decoded(state[key], param)
             adopted = bool(state.get(key)) and self._store.has(param)  # it starts from the weight
@@ -468,7 +504,7 @@ class MixedPrecision(SteppingOptimizer):
                 another rule saved it.
             RuntimeError: inside `masters_in_model()`.
         """
-        self._refuse_in_model("load_state_dict()", "would be overwritten when it ends")
+        self._setup.refuse_in_model("load_state_dict()", "would be overwritten when it ends")
         checkpoint.check_dict(state_dict)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -479,14 +515,16 @@ class MixedPrecision(SteppingOptimizer):
             state_dict, self.inner, self.loss_scaler, lambda param: names[id(param)]
         )
         self._commit(loaded)
-        loading.take_over_wide(self._wide, partly=False)
+        self._loaded.become_params()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
     def _commit(self, loaded: loading.Loaded) -> None:
         inner, store, scaler = self.inner, self._store, self.loss_scaler
-        objects = [self, inner, store, self._fused, *([] if scaler is None else [scaler])]
-        before = loading.Before(objects, [*self.param_groups, inner.defaults])
+        parts = [self, inner, store, self._fused, self._loaded, self._outcome, self._recovery]
+        before = loading.Before(
+            [*parts, *([] if scaler is None else [scaler])], [*self.param_groups, inner.defaults]
+        )
         undo_own = loading.undo_own(inner) if loaded.own else None
         scale = None if scaler is None else scaler.get_scale()
         try:
@@ -496,12 +534,12 @@ class MixedPrecision(SteppingOptimizer):
             kept = {} if loaded.has_masters else dict(store.early.items())
             store.early = WeakIdKeyDictionary({**kept, **loaded.early})
             store.forget_versions()
-            self._broken = ""
-            self._fused.adopt(self._params())
-            self._wide, self._fresh_masters = loaded.wide, loaded.has_masters
+            self._recovery.accept()
+            self._fused.adopt(self._setup.params())
+            self._loaded.take(loaded)
             if scaler is not None and scaler.get_scale() != scale:
                 # Gradients at hand carry the scale of before; the next step has to have new ones.
-                self._losses_seen = scaler.losses_scaled
+                self._outcome.forget_losses()
         except BaseException:
             before.restore()
             if undo_own is not None:
@@ -509,34 +547,28 @@ class MixedPrecision(SteppingOptimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_in_model("copying", "would be FP32 for ever in the copy")
-        self._settle()
-        self._check_finished("copying this optimizer")
+        self._setup.refuse_in_model("copying", "would be FP32 for ever in the copy")
+        self._begin("copying this optimizer")
         shared = {"state", "param_groups", "defaults"}
-        apart = ("inner", "_fused", "_device_judge", "_dtypes", "_undo", "_scaled_grads")
-        own = {k: v for k, v in vars(self).items() if k not in apart and _is_picklable(k)}
+        own = {k: v for k, v in vars(self).items() if _is_picklable(k)}
         rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
-        fused = (self._fused.fused, self._fused.formats)
         # The rule itself, so that a schedule over it is copied as one over the copy's rule.
-        return {**own, "inner": self.inner, "_rule": rule, "_fused": fused}
+        return {**own, "_rule": rule}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "inner" not in state:
             super().__setstate__(state)
             return
-        rule, fused = state["_rule"], state["_fused"]
-        own = {k: v for k, v in state.items() if k not in ("_rule", "_fused")}
+        rule = state["_rule"]
+        own = {k: v for k, v in state.items() if k != "_rule"}
         hooks = {name: OrderedDict[int, Any]() for name in _HOOKS}
         vars(self).update(own, **hooks)
         shared = {name: own[name] for name in ("state", "param_groups", "defaults")}
         vars(self.inner).update(rule, **shared, **hooks)
-        self._dtypes, self._undo, self._scaled_grads = WeakIdKeyDictionary(), None, []
         self._patch_step_function()
         self.inner._patch_step_function()
         self._store.forget_versions()
-        self._fused = FusedStep(self.inner, self._store, *fused)
-        self._device_judge = DeviceJudge()
-        self._fused.adopt(self._params())
+        self._fused.adopt(self._setup.params())
         take_over(self)
         guard_inner_step(self)
 
@@ -550,7 +582,7 @@ class MixedPrecision(SteppingOptimizer):
         was nothing to step with: no tokens, or no gradient. A schedule that waits for it counts
         what the rule counts. True before the first step.
         """
-        verdict = self._verdict
+        verdict = self._outcome.verdict
         return verdict is None or (bool(verdict.held) and not bool(verdict.overflowed))
 
     def metrics(self) -> dict[str, float]:
@@ -561,9 +593,9 @@ class MixedPrecision(SteppingOptimizer):
         as many as the rule itself has counted; `skipped_steps` were skipped, `skips_in_a_row` of
         them since the last that went through; `empty_steps` had no tokens or no gradient.
         """
-        counts = self._skips.now()
+        counts, verdict = self._outcome.counts.now(), self._outcome.verdict
         metrics = {
-            "grad_norm": 0.0 if self._verdict is None else float(self._verdict.norm),
+            "grad_norm": 0.0 if verdict is None else float(verdict.norm),
             "steps": float(counts.stepped),
             "skipped_steps": float(counts.skipped),
             "skips_in_a_row": float(counts.skipped_in_a_row),
@@ -591,75 +623,8 @@ class MixedPrecision(SteppingOptimizer):
             momentum_buffer' = momentum_buffer * s0 + grad
             master' = master + s1 * momentum_buffer'
         """
-        admission, refusal = self._considered()
-        whole = admission is not None and not admission.per_parameter
-        details = [f"non-finite gradients: {self.on_nonfinite} the step"]
-        if self.max_grad_norm is not None:
-            details.append(f"gradients clipped to norm {self.max_grad_norm} in FP32")
-        if self.loss_scaler is not None:
-            details.append(f"loss scaled by {type(self.loss_scaler).__name__}")
-        if formula:
-            details += _formulas(self.inner)
-        if source:
-            details += self._sources(whole)
-        return explain(
-            type(self.inner).__name__,
-            self.param_groups,
-            admission,
-            lambda param: self._will_store(param, whole),
-            self.bucket_numel,
-            lambda index: self._how_fused(index, whole),
-            details,
-            refusal,
-        )
-
-    def _considered(self) -> tuple[Admission | None, str]:
-        """How the rule would run, and why a step would refuse, if it would."""
-        admission = self._admission
-        try:
-            if admission is None and any(map(self._store.has, self._params())):
-                admission = admit(self.inner)
-            if admission is not None and not admission.per_parameter:
-                self._check_whole(admission)
-                self._fused.nobody(admission.reason)
-        except TypeError as error:
-            return admission, str(error)
-        return admission, ""
-
-    def _will_store(self, param: Tensor, whole: bool) -> Storage | Literal["frozen"]:
-        if not param.requires_grad and self._store.has(param):
-            if not self._store.known(self.state, param):
-                return "frozen"
-        storage = self._store.storage(param)
-        return "full" if whole and storage == "split" else storage
-
-    def _sources(self, whole: bool) -> Iterator[str]:
-        if whole:
-            return
-        for index in range(len(self.param_groups)):
-            try:
-                found = self._fused.considered(index)
-            except (TypeError, ValueError):
-                continue  # `_how_fused` says why
-            if found is not None and found.fusible:
-                yield f"param_groups[{index}] runs\n\n{self._fused.source(index)}"
-
-    def _how_fused(self, index: int, whole: bool) -> str:
-        """The tier of a group's 16-bit parameters, and why it is no lower one."""
-        below = "tier 3" if whole or self._store.choice == "full" else "tier 2"
-        if not any(map(self._store.has, self.param_groups[index]["params"])):
-            below = "the rule itself"
-        if whole:
-            return f"not fused ({below}): the rule sees all masters at once"
-        try:
-            found = self._fused.considered(index)
-        except (TypeError, ValueError) as error:
-            return f"refused by step(): {error}"
-        if found is None:
-            return f"not fused ({below}): {self._fused.why_not(index)}"
-        if not found.fusible:
-            return f"not fused ({below}): {found.reason}"
-        return f"fused (tier 1, {self._fused.means(index)}): {found.reason}"
+        found = Explanation(self._setup, self._calls, self._fused)
+        return found.text(formula=formula, source=source)
 
     # ---------------------------------------- small things
 
@@ -672,91 +637,7 @@ class MixedPrecision(SteppingOptimizer):
                     self.state[param] = checkpoint.widened(entry, param)
                     checkpoint.refill_adagrad(self.inner, group, self.state[param])
 
-    def _ready(self, *, with_loss: bool = False) -> None:
-        super()._ready(with_loss=with_loss)
-        if self._wide:
-            self._conclude_wide()
-
-    def _conclude_wide(self) -> None:
-        """Weights are loaded by now: masters become FP32 parameters, or are dropped, aloud."""
-        here = {id(param) for param in self._params()}
-        wide = [(param, master) for param, master in self._wide if id(param) in here]
-        others = loading.take_over_wide(wide, partly=True)
-        self._wide = []
-        if others:
-            more = f" and {len(others) - 1} more are" if len(others) > 1 else " is"
-            self._warn(
-                "wide",
-                f"{self._name(others[0])}{more} {str(others[0].dtype).removeprefix('torch.')} here "
-                f"and has a master in the loaded checkpoint, of which it is no rounding to 16 "
-                f"bits; the weights won, the masters were dropped. To go on from the masters, load "
-                f"the FP32 weights that fp32_state_dict(model) of that run gives, with "
-                f"load_fp32_state_dict(model, ...).",
-            )
-
-    def _warn_of_edits(self) -> None:
-        fresh, self._fresh_masters = self._fresh_masters, False
-        if fresh and self._store.edited:
-            names = [self._name(param) for param in self._store.edited]
-            more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
-            self._store.edited.clear()
-            self._warn(
-                "load",
-                f"{names[0]}{more} not the rounding of the masters that were loaded; the weights "
-                f"won where they differ. Are the model's weights of another moment than the "
-                f"optimizer's, or its parameters in another order? Without names they are paired "
-                f"by position: pass named_parameters() to the optimizer.",
-            )
-        super()._warn_of_edits()
-
-    def _refuse_in_model(self, call: str, why: str) -> None:
-        if self._in_model:
-            raise RuntimeError(
-                f"{call} inside masters_in_model(): the model holds FP32 masters there, which "
-                f"{why}. Leave the context first."
-            )
-
-
-def _formulas(inner: Optimizer) -> Iterator[str]:
-    """What each group's rule computes by element, in a step after its first ones."""
-    for index, group in enumerate(inner.param_groups):
-        if group["params"]:
-            found = admit_fused(inner, index)
-            if found.fusible:
-                lines = str(found.programs[-1]).splitlines()
-                yield "\n    ".join([f"param_groups[{index}] computes", *lines])
-            else:
-                yield f"param_groups[{index}] has no formula: {found.reason}"
-
 
 def _is_picklable(name: str) -> bool:
     """Schedulers put a bound `step` on the instance; torch leaves hooks out of its pickles too."""
     return name not in _HOOKS and name not in ("step", "grad_scale", "found_inf")
-
-
-def _check_inner(inner: object) -> None:
-    if isinstance(inner, MixedPrecision):
-        raise TypeError(
-            "inner is a MixedPrecision already: two wrappers would hold two masters of one weight. "
-            "Wrap its inner optimizer, or use it as it is."
-        )
-    if not isinstance(inner, Optimizer):
-        hint = " Call the class first." if isinstance(inner, type) else ""
-        kind = inner.__name__ if isinstance(inner, type) else type(inner).__name__
-        raise TypeError(
-            f"inner must be an instance of torch.optim.Optimizer, not {kind}.{hint} For example "
-            f"MixedPrecision(torch.optim.AdamW(model.parameters(), lr=3e-4))."
-        )
-    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(inner).__mro__):
-        raise TypeError(
-            "inner is a ZeroRedundancyOptimizer, which steps an optimizer of its own over this "
-            "rank's parameters, where masters would not reach. The other order is right, bit by "
-            "bit: ZeroRedundancyOptimizer(params, optimizer_class=lambda params, **options: "
-            "mixprec.MixedPrecision(torch.optim.AdamW(params, **options)), lr=...)."
-        )
-    if not {"param_groups", "state", "_optimizer_step_pre_hooks"} <= vars(inner).keys():
-        raise TypeError(
-            f"{type(inner).__name__} has no param_groups and state of its own, as a wrapper around "
-            f"another optimizer has not, so masters could not take the parameters' place. Give the "
-            f"optimizer that it wraps to MixedPrecision, and wrap the result."
-        )

@@ -27,9 +27,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixprec.optimizer.fused.pending import Pending
+from mixprec.optimizer.fused.step import FusedStep
 from mixprec.optimizer.judging.verdict import Verdict
+from mixprec.optimizer.reports.step_counts import StepCounts
 from mixprec.optimizer.rule.random_states import RandomStates
 from mixprec.optimizer.rule.stand_ins import GroupValues
+from mixprec.optimizer.setup import Setup
 
 __all__ = ["BareRun", "Contents", "RuleUndo", "StepUndo"]
 
@@ -74,7 +77,7 @@ class Contents:
 
 
 class _Run(Protocol):
-    """A call of the rule on one bucket, see `run.MasterRun`."""
+    """A call of the rule on one bucket, see `master_run.MasterRun`."""
 
     ruled: bool
     """Whether the rule has come to its end, so that the masters are complete."""
@@ -211,24 +214,31 @@ class StepUndo:
         error: what has stopped the step.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        fused: FusedStep,
+        counts: StepCounts,
+        parts: Sequence[object],
+        first: bool,
+    ) -> None:
         self.rule: RuleUndo | None = None
         self.pending = Pending()
         self.fuses = self.skips = False
         self.verdict: Verdict | None = None
         self.error = "an interrupt"
-        self._optimizer = optimizer
-        own = vars(optimizer)
-        self._counts = {
-            k: v for k, v in own.items() if type(v) in _COUNTS and k not in ("_undo", "_broken")
-        }
-        self._skip_counts = optimizer._skips.saved()
-        scaler = optimizer.loss_scaler
+        self._fused, self._counts = fused, counts
+        self._small = [
+            (vars(part), {k: v for k, v in vars(part).items() if type(v) in _SMALL})
+            for part in parts
+        ]
+        self._saved_counts = counts.saved()
+        scaler: Any = setup.loss_scaler
         self._scaler = None
         if scaler is not None:
             self._scaler = scaler, scaler.losses_scaled, getattr(scaler, "_waiting", None)
-        first = not optimizer._checked
-        self._random = RandomStates(p.device for p in optimizer._params()) if first else None
+        # A rule may draw numbers as it is tried, before its first step.
+        self._random = RandomStates(p.device for p in setup.params()) if first else None
 
     @property
     def moved(self) -> bool:
@@ -243,14 +253,14 @@ class StepUndo:
         if not self.moved:
             if self.rule is not None and self.rule.finished:
                 broken = f"{self.rule.passed} parameters had moved and others had not"
-            broken = self._optimizer._fused.take_back(self.pending) or broken
+            broken = self._fused.take_back(self.pending) or broken
         self._restore_counts()
         return f"it was stopped by {self.error} when {broken}." if broken else ""
 
     def _restore_counts(self) -> None:
-        optimizer = self._optimizer
-        vars(optimizer).update(self._counts)
-        optimizer._skips.restore(self._skip_counts)
+        for now, before in self._small:
+            now.update(before)
+        self._counts.restore(self._saved_counts)
         if self._scaler is not None:
             scaler, losses_scaled, waiting = self._scaler
             if scaler.losses_scaled == losses_scaled and hasattr(scaler, "_waiting"):
@@ -270,8 +280,8 @@ class Leaving:
     moved = False
     error = ""
 
-    def __init__(self, optimizer: Any, held: Sequence[_Held], buffers: Sequence[_Held]) -> None:
-        self._optimizer = optimizer
+    def __init__(self, setup: Setup, held: Sequence[_Held], buffers: Sequence[_Held]) -> None:
+        self._setup = setup
         self._held = [(param, weight, param.data) for param, weight, _ in held]
         self._buffers = [(buffer, value, buffer.data) for buffer, value, _ in buffers]
 
@@ -280,12 +290,12 @@ class Leaving:
         for tensor, own, _ in (*self._held, *self._buffers):
             if tensor.dtype != own.dtype or tensor.data_ptr() != own.data_ptr():
                 tensor.data = own
-        self._optimizer._in_model = self._optimizer._store.in_model = False
+        self._setup.in_model = self._setup.store.in_model = False
 
     def settle(self) -> str:
         """Round the weights from what was inside."""
         self.restore_data()
-        store, state = self._optimizer._store, self._optimizer.state
+        store, state = self._setup.store, self._setup.state
         with torch.no_grad():
             for buffer, _, inside in self._buffers:
                 buffer.copy_(inside)
@@ -299,4 +309,4 @@ class Leaving:
 _Held = tuple[Tensor, Tensor, Tensor]
 """A parameter or buffer, its own data, and what it is inside."""
 
-_COUNTS = (int, float, bool, str, tuple, type(None), Verdict)
+_SMALL = (int, float, bool, str, tuple, type(None), Verdict)

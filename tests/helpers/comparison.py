@@ -173,14 +173,14 @@ class _Run:
 
     @property
     def tier(self) -> str:
-        admission = self.optimizer._admission
+        admission = self.optimizer._calls.admission
         if admission is None:
             return "direct"
         return "bucketed" if admission.per_parameter else "whole"
 
     @property
     def reason(self) -> str:
-        admission = self.optimizer._admission
+        admission = self.optimizer._calls.admission
         return "" if admission is None else str(admission.reason)
 
     def records(self) -> Iterator[dict[str, Any]]:

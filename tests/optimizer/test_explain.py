@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from frozen import difference, frozen
+from parts import params_of
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW
 
@@ -56,7 +57,8 @@ def step(params: Any, optimizer: Any) -> None:
 
 def seen(optimizer: mixprec.MixedPrecision) -> Any:
     """All that a step of the optimizer would go by."""
-    kept = vars(optimizer), vars(optimizer._fused), vars(optimizer._store), vars(optimizer.inner)
+    parts = optimizer._fused, optimizer._store, optimizer._calls, optimizer._setup, optimizer.inner
+    kept = [vars(part) for part in (optimizer, *parts)]
     plain = [
         {k: v for k, v in values.items() if isinstance(v, (int, float, str, dict, set, list))}
         for values in kept
@@ -66,7 +68,7 @@ def seen(optimizer: mixprec.MixedPrecision) -> Any:
         {k: v for k, v in p.items() if not isinstance(v, (dict, set, list)) and k != "_plan"}
         for p in plain
     ]
-    entries = [dict(optimizer.state.get(p, {})) for p in optimizer._params()]
+    entries = [dict(optimizer.state.get(p, {})) for p in params_of(optimizer)]
     rng = torch.get_rng_state(), random.getstate()
     return frozen([sizes, values, entries, optimizer.state_dict(), list(map(str, rng))])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused_step import judge_on_device
+from parts import judge_on_device
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
@@ -91,7 +91,7 @@ def test_a_factor_that_is_no_number_leaves_everything_as_it_was(
     with pytest.warns(RuntimeWarning, match=r"(grad_factor is|times grad_factor).*was skipped"):
         optimizer.step(grad_factor=factor)
         if device:
-            optimizer._ready()  # the next step, where the host hears of it
+            optimizer._outcome.hear()  # the next step, where the host hears of it
     assert_same(all_of(optimizer, weight), before)
     assert not optimizer.grads_finite
     metrics = optimizer.metrics()
@@ -302,7 +302,9 @@ def test_one_number_of_any_kind_multiplies(dtype: torch.dtype, factor: Any) -> N
     give(weight, 2.0)
     optimizer.step(grad_factor=factor)
     assert weight.tolist() == [1.0 - 0.0625, -2.0625]
-    assert not any(isinstance(f, torch.Tensor) and f.requires_grad for f in optimizer._factors)
+    assert not any(
+        isinstance(f, torch.Tensor) and f.requires_grad for f in optimizer._outcome.factors
+    )
 
 
 def test_whole_numbers_multiply_too() -> None:

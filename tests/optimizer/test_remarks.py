@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_fused_step import judge_on_device
+from parts import judge_on_device
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 
@@ -206,7 +206,7 @@ def test_a_row_of_skips_goes_on_behind_an_empty_window() -> None:
     for factor in (None, 0.0, None):
         give(params, INF)
         with pytest.warns(RuntimeWarning) if factor is None else nullcontext():
-            optimizer._said = Said()
+            optimizer._outcome.said = Said()
             optimizer.step(grad_factor=factor)
     assert optimizer.metrics()["skips_in_a_row"] == 2
 
@@ -274,8 +274,7 @@ def test_zeros_on_a_device_are_told_of_when_the_host_comes_by(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     params, optimizer = made(fused=True)
-    judged = optimizer._judge
-    monkeypatch.setattr(optimizer, "_judge", lambda *a, **k: judged(*a, **{**k, "on_device": True}))
+    judge_on_device(optimizer, monkeypatch, by_kernel=False)
     give(params, 0.0)
     silently(optimizer.step)
     give(params)
@@ -289,8 +288,7 @@ def test_a_bad_factor_under_a_loss_scaler_is_told_of_without_a_wait(
     """Most skips there are the scaler's, so the host has the counts sent and goes on."""
     scaler = mixprec.DynamicLossScaler(init_scale=4.0)
     params, optimizer = made(fused=True, loss_scaler=scaler)
-    judged = optimizer._judge
-    monkeypatch.setattr(optimizer, "_judge", lambda *a, **k: judged(*a, **{**k, "on_device": True}))
+    judge_on_device(optimizer, monkeypatch, by_kernel=False)
 
     def step(factor: float) -> None:
         scaler.multiply(torch.zeros(()))
@@ -310,8 +308,7 @@ def test_steps_of_a_device_that_only_make_state_are_not_told_of_zeros(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     params, optimizer = made(fused=True)
-    judged = optimizer._judge
-    monkeypatch.setattr(optimizer, "_judge", lambda *a, **k: judged(*a, **{**k, "on_device": True}))
+    judge_on_device(optimizer, monkeypatch, by_kernel=False)
     for lr in (0.0, 0.125, 0.125, 0.125):
         optimizer.param_groups[0]["lr"] = lr
         give(params, 1.0 if lr else 0.0)

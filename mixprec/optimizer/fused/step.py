@@ -64,6 +64,10 @@ class FusedStep(FusedGroups):
         self.skips_in_a_row = 0
         """As far as the host has heard; windows of padding count too."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Programs, plans and tables are made anew; whoever copies says `adopt`.
+        return FusedStep, (self._inner, self._store, self.fused, self.formats)
+
     def forget_plan(self) -> None:
         self._plan = None
 

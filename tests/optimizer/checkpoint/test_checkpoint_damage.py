@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from frozen import difference, frozen
+from parts import params_of
 from test_checkpoint_moments import BF16, FP16, RULES, Run
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
@@ -30,7 +31,7 @@ def look(optimizer: mixprec.MixedPrecision) -> Any:
     return [
         held,
         id(optimizer.param_groups) == id(inner.param_groups),
-        [id(param) for param in optimizer._params()],
+        [id(param) for param in params_of(optimizer)],
         frozen([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]),
         frozen(list(optimizer.state.values())),
         frozen([[p, m] for p, m in optimizer.masters()]),
@@ -40,7 +41,7 @@ def look(optimizer: mixprec.MixedPrecision) -> Any:
         else None,
         None if scaler is None else frozen(vars(scaler)["_state"]._asdict()),
         optimizer.metrics(),
-        optimizer._losses_seen,
+        optimizer._outcome.has_new_losses,
     ]
 
 
@@ -271,7 +272,7 @@ def test_groups_may_differ_in_the_states_that_they_keep() -> None:
         return mixprec.MixedPrecision(AdamW(groups))
 
     optimizer = build()
-    for p in optimizer._params():
+    for p in params_of(optimizer):
         p.grad = torch.ones_like(p)
     optimizer.step()
     build().load_state_dict(copy.deepcopy(optimizer.state_dict()))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from parts import params_of
 from test_checkpoint_moments import FP16, RULES, Run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -128,7 +129,7 @@ def test_scaler_that_two_optimizers_share_comes_back_whole() -> None:
     def step(scaler: Any, optimizers: list[mixprec.MixedPrecision]) -> None:
         loss = scaler.multiply(torch.ones(()))
         for optimizer in optimizers:
-            for param in optimizer._params():
+            for param in params_of(optimizer):
                 param.grad = (torch.ones_like(param) * loss).half()
             optimizer.step()
 
@@ -138,7 +139,7 @@ def test_scaler_that_two_optimizers_share_comes_back_whole() -> None:
     saved = copy.deepcopy([optimizer.state_dict() for optimizer in optimizers])
     other_scaler, others = made()
     for other, optimizer, state in zip(others, optimizers, saved, strict=True):
-        for ours, theirs in zip(other._params(), optimizer._params(), strict=True):
+        for ours, theirs in zip(params_of(other), params_of(optimizer), strict=True):
             ours.detach().copy_(theirs)
         other.load_state_dict(state)
     for _ in range(3):

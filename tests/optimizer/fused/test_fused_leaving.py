@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from frozen import difference, frozen
+from parts import judge_on_device, params_of
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +17,6 @@ import mixprec
 from mixprec.optimizer.fused.eligible import FusedGroups
 from mixprec.optimizer.fused.members import Members
 from mixprec.optimizer.fused.pending import Pending
-from mixprec.optimizer.judging.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (3, 4, 5), (7,), (6, 2), (5,)]
 
@@ -67,10 +66,10 @@ def take_step(optimizer: mixprec.MixedPrecision, step: int, *, overflow: bool = 
     generator = torch.Generator().manual_seed(100 + step)
     scaler: Any = optimizer.loss_scaler
     loss_scale = 1.0 if scaler is None else float(scaler.multiply(torch.ones(())))
-    for p in optimizer._params():
+    for p in params_of(optimizer):
         p.grad = (torch.randn(p.shape, generator=generator) * loss_scale).bfloat16()
     if overflow:
-        last: Any = list(optimizer._params())[-1]
+        last: Any = list(params_of(optimizer))[-1]
         last.grad[0] = math.inf
     optimizer.step()
 
@@ -131,14 +130,14 @@ def test_a_verdict_of_the_device_is_read_for_a_rule_that_would_not_obey_it(
     for optimizer in (ours, plain):
         take_step(optimizer, 0)
         mix(optimizer, mixed)
-    before = frozen([ours.state_dict()["state"], [p.detach() for p in ours._params()]])
+    before = frozen([ours.state_dict()["state"], [p.detach() for p in params_of(ours)]])
     with monkeypatch.context() as patch:
         judge_on_device(ours, patch)
         for optimizer in (ours, plain):
             with told_of_a_skip() if overflow and not scaled else nullcontext():
                 take_step(optimizer, 1, overflow=overflow)
     if overflow:
-        after = frozen([ours.state_dict()["state"], [p.detach() for p in ours._params()]])
+        after = frozen([ours.state_dict()["state"], [p.detach() for p in params_of(ours)]])
         assert difference(before, after) == ""
     assert ours.grads_finite != overflow
     assert ours.metrics() == plain.metrics()
@@ -153,18 +152,6 @@ def test_a_verdict_of_the_device_is_read_for_a_rule_that_would_not_obey_it(
 def told_of_a_skip() -> Any:
     text = "gradients are not finite in .param_groups.2.*; the step was skipped"
     return pytest.warns(RuntimeWarning, match=text)
-
-
-def judge_on_device(optimizer: mixprec.MixedPrecision, patch: pytest.MonkeyPatch) -> None:
-    """Make the host believe that the device alone knows whether gradients are finite."""
-    judged = optimizer._judge
-
-    def on_device(*args: Any, **kwargs: Any) -> Verdict:
-        verdict = judged(*args, **{**kwargs, "on_device": True})
-        optimizer._skips.add(verdict.overflowed, verdict.held)  # as the kernel does
-        return replace(verdict, recorded=True)
-
-    patch.setattr(optimizer, "_judge", on_device)
 
 
 def test_insisting_on_a_fused_step_says_what_has_changed() -> None:

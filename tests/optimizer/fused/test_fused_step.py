@@ -6,12 +6,12 @@ import copy
 import math
 import pickle
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from frozen import difference, frozen
+from parts import judge_on_device, params_of
 from rules import Recipe, torch_recipes
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
@@ -19,7 +19,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 import mixprec
 from mixprec import formats
 from mixprec.optimizer.fused.program.signs import non_negative_states
-from mixprec.optimizer.judging.verdict import Verdict
 
 SHAPES = [(12, 8), (50,), (), (3, 4, 5), (0, 3)]
 
@@ -37,7 +36,7 @@ def give_grads(weights: list[nn.Parameter], step: int) -> None:
 
 def run(optimizer: mixprec.MixedPrecision, steps: int, first: int = 0) -> list[Tensor]:
     for step in range(first, first + steps):
-        give_grads(list(optimizer._params()), step)  # pyright: ignore[reportArgumentType]
+        give_grads(list(params_of(optimizer)), step)  # pyright: ignore[reportArgumentType]
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * 0.9
@@ -195,7 +194,7 @@ def test_a_channels_last_weight_keeps_its_strides() -> None:
 def test_a_parameter_that_rests_keeps_its_age() -> None:
     made = [mixprec.MixedPrecision(AdamW(params(), lr=0.1), fused=f) for f in (True, False)]
     for optimizer in made:
-        weights: Any = list(optimizer._params())
+        weights: Any = list(params_of(optimizer))
         for step in range(6):
             give_grads(weights, step)
             weights[step % 4].grad = None
@@ -220,7 +219,7 @@ def test_save_load_and_continue_is_bit_equal(stored: Any) -> None:
         for left, right in zip(run(other, 4, 3), expected, strict=True):
             assert torch.equal(left, right)
     second = fresh()
-    for p, q in zip(second._params(), first._params(), strict=True):
+    for p, q in zip(params_of(second), params_of(first), strict=True):
         p.data.copy_(q.data)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for group, other in zip(second.param_groups, first.param_groups, strict=True):
@@ -232,7 +231,7 @@ def test_save_load_and_continue_is_bit_equal(stored: Any) -> None:
 def test_a_checkpoint_holds_fp32_states_and_numbers_of_their_own() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params()), state_formats="8bit")
     run(optimizer, 2)
-    first, second = list(optimizer._params())[:2]
+    first, second = list(params_of(optimizer))[:2]
     assert optimizer.state[first]["exp_avg"].dtype == torch.int8
     assert optimizer.state[first]["exp_avg_sq"].dtype == torch.uint8
     assert optimizer.state[first]["step"] is optimizer.state[second]["step"]
@@ -240,7 +239,7 @@ def test_a_checkpoint_holds_fp32_states_and_numbers_of_their_own() -> None:
     assert set(state[0]) == {"step", "exp_avg", "exp_avg_sq", "master"}
     assert state[0]["exp_avg_sq"].dtype == torch.float32
     assert state[0]["step"] is not state[1]["step"]
-    bare = AdamW([nn.Parameter(p.detach().float()) for p in optimizer._params()])
+    bare = AdamW([nn.Parameter(p.detach().float()) for p in params_of(optimizer)])
     bare.load_state_dict(optimizer.state_dict())
     for p in bare.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
@@ -253,7 +252,7 @@ def test_raw_codes_load_too() -> None:
     run(first, 2)
     second = mixprec.MixedPrecision(AdamW(params()), state_formats="8bit")
     second.load_state_dict(copy.deepcopy(first.inner.state_dict()))
-    for p, q in zip(second._params(), first._params(), strict=True):
+    for p, q in zip(params_of(second), params_of(first), strict=True):
         p.data.copy_(q.data)
     for left, right in zip(run(second, 2, 2), run(first, 2, 2), strict=True):
         assert torch.equal(left, right)
@@ -265,11 +264,11 @@ def test_a_state_that_was_replaced_by_hand_is_used(stored: Any) -> None:
     optimizer = mixprec.MixedPrecision(SGD(params(), lr=0.1, momentum=0.5), fused=True,
                                        state_formats=stored)  # fmt: skip
     run(optimizer, 2)
-    for p in optimizer._params():
+    for p in params_of(optimizer):
         entry = optimizer.state[p]
         entry["momentum_buffer"] = torch.zeros_like(entry["momentum_buffer"])
     before = [master.clone() for _, master in optimizer.masters()]
-    weights: Any = list(optimizer._params())
+    weights: Any = list(params_of(optimizer))
     for p in weights:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -281,11 +280,11 @@ def test_the_rule_itself_takes_over_and_hands_back() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params(), lr=0.1), state_formats="bf16")
     run(optimizer, 2)
     optimizer._fused.release()
-    entries = [optimizer.state[p] for p in optimizer._params()]
+    entries = [optimizer.state[p] for p in params_of(optimizer)]
     assert all(entry["exp_avg"].dtype == torch.float32 for entry in entries)
     assert len({id(entry["step"]) for entry in entries}) == len(entries)
     run(optimizer, 1, 2)
-    assert optimizer.state[next(optimizer._params())]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[next(params_of(optimizer))]["exp_avg"].dtype == torch.bfloat16
 
 
 def test_a_warm_up_branch_is_another_program_and_an_option_changed_by_hand_too() -> None:
@@ -327,18 +326,6 @@ def test_a_step_tells_autograd_that_weights_have_changed() -> None:
 NO_SCALARS = [(12, 8), (50,), (0, 3)]
 
 
-def judge_on_device(optimizer: mixprec.MixedPrecision, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the host believe that the device alone knows whether gradients are finite."""
-    judged = optimizer._judge
-
-    def on_device(*args: Any, **kwargs: Any) -> Verdict:
-        verdict = judged(*args, **{**kwargs, "on_device": True})
-        optimizer._skips.add(verdict.overflowed, verdict.held)  # as the kernel does
-        return replace(verdict, recorded=True)
-
-    monkeypatch.setattr(optimizer, "_judge", on_device)
-
-
 @pytest.mark.parametrize("rule", [AdamW, RAdam, lambda ps: SGD(ps, lr=0.1, momentum=0.9)])
 def test_counting_is_taken_back_before_the_next_step_if_the_device_skipped(
     rule: Any, monkeypatch: pytest.MonkeyPatch
@@ -348,7 +335,7 @@ def test_counting_is_taken_back_before_the_next_step_if_the_device_skipped(
     judge_on_device(optimizer, monkeypatch)
     with pytest.warns(RuntimeWarning, match="the step was skipped and nothing changed"):
         for step, overflow in enumerate([True, False, False, True, True, False, False]):
-            weights: Any = list(optimizer._params())
+            weights: Any = list(params_of(optimizer))
             give_grads(weights, step)
             if overflow:
                 weights[0].grad[0, 0] = math.inf
@@ -358,7 +345,7 @@ def test_counting_is_taken_back_before_the_next_step_if_the_device_skipped(
                 after = frozen([optimizer.state_dict(), [p.detach() for p in weights]])
                 assert difference(before, after) == "", step
             else:
-                give_grads(list(plain._params()), step)  # pyright: ignore[reportArgumentType]
+                give_grads(list(params_of(plain)), step)  # pyright: ignore[reportArgumentType]
                 plain.step()
             assert optimizer.grads_finite != overflow
     for left, right in zip(optimizer.masters(), plain.masters(), strict=True):
@@ -370,7 +357,7 @@ def test_counting_is_taken_back_before_the_next_step_if_the_device_skipped(
 def test_fifty_steps_that_the_device_skips_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = mixprec.MixedPrecision(SGD(params(shapes=NO_SCALARS), lr=0.1), fused=True)
     judge_on_device(optimizer, monkeypatch)
-    weights: Any = list(optimizer._params())
+    weights: Any = list(params_of(optimizer))
 
     def overflowing() -> None:
         for _ in range(51):
@@ -384,7 +371,7 @@ def test_fifty_steps_that_the_device_skips_raise(monkeypatch: pytest.MonkeyPatch
 
 def test_nobody_looks_at_gradients_that_are_to_be_ignored() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params(), lr=0.1), on_nonfinite="ignore", fused=True)
-    weights: Any = list(optimizer._params())
+    weights: Any = list(params_of(optimizer))
     give_grads(weights, 0)
     weights[0].grad[0, 0] = math.nan
     optimizer.step()
@@ -404,7 +391,7 @@ def test_which_states_cannot_be_negative_is_proved() -> None:
     def proved(rule: Any) -> set[str]:
         optimizer = mixprec.MixedPrecision(rule, state_formats="8bit")
         run(optimizer, 2)
-        entry = optimizer.state[next(optimizer._params())]
+        entry = optimizer.state[next(params_of(optimizer))]
         return {k for k, v in entry.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
 
     assert proved(AdamW(params())) == {"exp_avg_sq"}
@@ -473,14 +460,14 @@ def test_options_that_cannot_be_meant_are_refused(
 )
 def test_insisting_on_what_cannot_be_fused_says_why(options: dict[str, Any], text: str) -> None:
     optimizer = mixprec.MixedPrecision(torch.optim.Adafactor(params()), **options)
-    give_grads(list(optimizer._params()), 0)  # pyright: ignore[reportArgumentType]
+    give_grads(list(params_of(optimizer)), 0)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match=re.escape(text) + ".*Use fused='auto'"):
         optimizer.step()
 
 
 def test_an_unknown_state_is_answered_with_those_there_are() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params()), state_formats={"momentum": "bf16"})
-    give_grads(list(optimizer._params()), 0)  # pyright: ignore[reportArgumentType]
+    give_grads(list(params_of(optimizer)), 0)  # pyright: ignore[reportArgumentType]
     text = "state_formats names 'momentum', which AdamW does not keep for each element; its "
     with pytest.raises(ValueError, match=text + "states are exp_avg, exp_avg_sq"):
         optimizer.step()
@@ -488,7 +475,7 @@ def test_an_unknown_state_is_answered_with_those_there_are() -> None:
 
 def test_a_closure_may_be_given_to_a_rule_that_ignores_the_loss() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params(), lr=0.1), state_formats="8bit")
-    weights: Any = list(optimizer._params())
+    weights: Any = list(params_of(optimizer))
 
     def closure() -> float:
         give_grads(weights, 0)
