@@ -378,14 +378,14 @@ class MixedPrecision(Optimizer):
         known = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
-            check_parameters(self.param_groups, self._store.choice, self._fused.fused)
+            check_parameters(self.param_groups, self._store.choice, self._fused.groups.fused)
         except BaseException:
             del self.param_groups[known:]
             raise
         self._adopt_state()
         take_over(self)
         self._calls.try_again()
-        self._fused.reset()
+        self._fused.groups.reset()
         self._check.checked = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -476,7 +476,7 @@ class MixedPrecision(Optimizer):
         wide = {id(param): master for param, master in self._loaded.wide}
         for key, param in zip(ids, self._setup.params(), strict=True):
             if key in state:
-                state[key] = self._fused.decoded(state[key], param)
+                state[key] = self._fused.held.decoded(state[key], param)
             adopted = bool(state.get(key)) and self._store.has(param)  # it starts from the weight
             if adopted or self._store.known(self.state, param):
                 state[key] = {**state.get(key, {}), MASTER: self._store.master(self.state, param)}

@@ -105,8 +105,8 @@ class Step:
     def _share_out(self, *, with_loss: bool) -> tuple[Members, list[list[Tensor]]]:
         """What steps by programs, and for each group what is left to the rule itself."""
         if self._setup.store.whole:
-            return self._fused.nobody(self._calls.reason)
-        return self._fused.split(with_loss=with_loss)
+            return self._fused.groups.nobody(self._calls.reason)
+        return self._fused.groups.split(with_loss=with_loss)
 
     def _rule_evaluates(self, closure: Callable[[], float] | None) -> bool:
         if self._calls.admission is not None:
@@ -116,9 +116,9 @@ class Step:
     def _leave_to_rule(self) -> None:
         """Refuse to let a rule call its closure itself if it was to run as one kernel."""
         if self._calls.admission is not None:
-            self._fused.nobody(self._calls.reason)
+            self._fused.groups.nobody(self._calls.reason)
         for index in range(len(self._setup.groups)):
-            self._fused.admission(index)
+            self._fused.groups.admission(index)
 
     def _prepare(
         self, members: Members, rest: list[list[Tensor]], *, with_loss: bool
@@ -176,7 +176,7 @@ class Step:
         if prepared is not None:
             self._fused.make_ready(prepared, verdict.factor, verdict.found_inf)
         if groups:
-            self._fused.release(chain(*rest))
+            self._fused.held.release(chain(*rest))
             self._by_rule(verdict, arguments, groups)
         if prepared is not None:
             self._fused.run(prepared, verdict.found_inf, groups)
@@ -199,7 +199,7 @@ class Step:
 
     def change_mode(self, method: Callable[[], Any]) -> None:
         """`method` of a rule that moves its parameters (schedule-free), with masters in place."""
-        self._fused.release()
+        self._fused.held.release()
         setup, calls = self._setup, self._calls
         groups: dict[int, list[Tensor]] = {
             i: [p for p in group["params"] if setup.state.get(p) or not calls.in_buckets]

@@ -104,7 +104,7 @@ def test_looking_changes_nothing(make: Callable[[], Any], steps: int) -> None:
 def test_states_in_8_bits_stay_so_and_are_tried_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     params, optimizer = made(state_formats="8bit")
     step(params, optimizer)
-    optimizer._fused.reset()  # as a group that is added does
+    optimizer._fused.groups.reset()  # as a group that is added does
     tried: list[torch.dtype] = []
     real = groups.admit_fused
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -13,6 +12,7 @@ from mixprec.devices import has_triton
 from mixprec.machine_errors import is_of_the_machine
 from mixprec.optimizer import state_formats
 from mixprec.optimizer.fused.cohorts import Cohort, shown
+from mixprec.optimizer.fused.held import HeldStates
 from mixprec.optimizer.fused.kernels.emit import Layout, source
 from mixprec.optimizer.fused.kernels.launch import is_dense
 from mixprec.optimizer.fused.members import NOBODY, Candidates, Members
@@ -41,12 +41,18 @@ class FusedGroups:
         fused: "auto" takes 16-bit parameters where kernels run, or where `formats` asks for it;
             True takes all that can be taken, everywhere; False none.
         formats: how states are stored.
+        held: states that are not as the rule keeps them.
     """
 
     def __init__(
-        self, inner: Optimizer, store: MasterStore, fused: Fused, formats: StateFormats
+        self,
+        inner: Optimizer,
+        store: MasterStore,
+        fused: Fused,
+        formats: StateFormats,
+        held: HeldStates,
     ) -> None:
-        self._inner, self._store = inner, store
+        self._inner, self._store, self._held = inner, store, held
         self.fused: Fused = fused
         self.formats: StateFormats = formats
         self._admissions: dict[int, FusedAdmission] = {}
@@ -60,14 +66,8 @@ class FusedGroups:
         self._given_loss = False
         self._candidates: dict[bool, Candidates] = {}
         """By whether the step has a loss to give to the rule."""
-
-    def release(self, params: Iterable[Tensor] | None = None) -> None:
-        """Leave these parameters' state as the rule itself keeps it: it is about to run on them."""
-        raise NotImplementedError
-
-    def forget_plan(self) -> None:
-        """Choose probes anew at the next step."""
-        raise NotImplementedError
+        self.choices = 0
+        """How often probes were chosen anew; a plan that was made before does not hold."""
 
     @property
     def kinds(self) -> Kinds:
@@ -104,7 +104,9 @@ class FusedGroups:
         return self._admissions[index]
 
     def _admit(self, index: int) -> FusedAdmission:
-        self.release(self._inner.param_groups[index]["params"])  # a trial begins from FP32 states
+        self._held.release(
+            self._inner.param_groups[index]["params"]
+        )  # a trial begins from FP32 states
         found = self._admissions[index] = self._try(index)
         return found
 
@@ -112,9 +114,11 @@ class FusedGroups:
         """What `admission` would find now, for whoever asks without a step: nothing is kept."""
         if index in self._admissions:
             return self._admissions[index]
-        if not any(map(self._takes, self._inner.param_groups[index]["params"])):
+        params = self._inner.param_groups[index]["params"]
+        if not any(map(self._takes, params)):
             return None
-        return self._try(index)
+        with self._held.shown_plainly(params):
+            return self._try(index)
 
     def _try(self, index: int) -> FusedAdmission:
         found = admit_fused(self._inner, index, self.formats, self.kinds)
@@ -220,7 +224,7 @@ class FusedGroups:
     def _ignores_loss(self, index: int, params: list[Tensor]) -> bool:
         """Whether a rule does not look at the loss; each step asks again (`Probe.given_loss`)."""
         if params and index not in self._uses_loss:
-            probe = self._probe(index, params[0])
+            probe = self.probe(index, params[0])
             state = self._state_of(index, params[0])
             try:
                 for _ in range(3):
@@ -240,15 +244,15 @@ class FusedGroups:
             for probe in self._probes.values():
                 probe.given_loss = with_loss
 
-    def _admit_again(self, index: int, program: Program) -> None:
+    def admit_again(self, index: int, program: Program) -> None:
         """A group does what it did not do when it was tried: an option was changed, say."""
         found = self._admit(index)
         if not found.fusible:
-            self._give_up(index, found.reason)
+            self.give_up(index, found.reason)
         if program not in found.programs:
-            self._give_up(index, "no trial step took the branch it takes now")
+            self.give_up(index, "no trial step took the branch it takes now")
 
-    def _give_up(self, index: int, reason: str) -> NoReturn:
+    def give_up(self, index: int, reason: str) -> NoReturn:
         """Leave a group to the rule itself from now on; the step at hand has to be shared out anew.
 
         Raises:
@@ -257,10 +261,18 @@ class FusedGroups:
         """
         if self.fused is True or self.formats is not None:
             self._refuse(reason)
-        self.release(self._inner.param_groups[index]["params"])
+        self._held.release(self._inner.param_groups[index]["params"])
         self._admissions[index] = FusedAdmission(False, reason)
         self._candidates.clear()
         raise NotFusible(reason)
+
+    def found(self, index: int) -> FusedAdmission:
+        """What the trial of a group that steps here has found."""
+        return self._admissions[index]
+
+    def share_out_anew(self) -> None:
+        """Ask every parameter again whether it may step here."""
+        self._candidates.clear()
 
     def reset(self) -> None:
         """Forget what was found of groups and of memory: they have changed."""
@@ -273,9 +285,9 @@ class FusedGroups:
         self._uses_loss.clear()
         self._marks.clear()
         self._kinds = None
-        self.forget_plan()
+        self.choices += 1
 
-    def _probe(self, index: int, param: Tensor) -> Probe:
+    def probe(self, index: int, param: Tensor) -> Probe:
         """The probe of a parameter's kind."""
         if not self._takes(param):
             self._candidates.clear()
@@ -290,7 +302,7 @@ class FusedGroups:
         self._probes[key].serve(param)
         return self._probes[key]
 
-    def _non_negative(self, cohort: Cohort, recording: Recording) -> frozenset[str]:
+    def non_negative(self, cohort: Cohort, recording: Recording) -> frozenset[str]:
         """The states of a cohort that need no sign: from its first step on, and where it is now.
 
         Reads what is about to be coded for the first time.

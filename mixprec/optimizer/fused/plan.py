@@ -2,8 +2,8 @@
 
 A plan holds the tables of its launches for as long as nothing has moved: the same parameters step,
 their weights look the same and lie where they lay, states and masters are the same tensors, and
-gradients are of the same dtypes. Whether that is so is asked at every step. A step that finds
-another plan in the way makes a new one, which takes milliseconds.
+gradients are of the same dtypes. Whether that is so is asked at every step. A step whose plan is
+stale makes a new one, which takes milliseconds.
 """
 
 from __future__ import annotations

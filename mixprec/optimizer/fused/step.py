@@ -12,7 +12,6 @@ and takes the counting back (`settle`).
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -21,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec.optimizer import state_formats
 from mixprec.optimizer.fused.cohorts import (
@@ -29,34 +27,33 @@ from mixprec.optimizer.fused.cohorts import (
     Entry,
     Member,
     counts_on_host,
-    decoded,
     form_cohorts,
     shown,
 )
 from mixprec.optimizer.fused.eligible import Fused, FusedGroups
+from mixprec.optimizer.fused.held import HeldStates
 from mixprec.optimizer.fused.kernels.emit import Layout
 from mixprec.optimizer.fused.members import NOBODY, Members
 from mixprec.optimizer.fused.pending import Flag, Pending, change
 from mixprec.optimizer.fused.plan import Batch, Plan, Prepared, hold, same_strides, stored
 from mixprec.optimizer.fused.recording.probe import Recording
 from mixprec.optimizer.fused.recording.recorder import NotFusible
-from mixprec.optimizer.fused.self_check import FusedAdmission
 from mixprec.optimizer.masters import MasterStore
 from mixprec.optimizer.state_formats import StateFormat, StateFormats, format_of
 
 __all__ = ["FusedStep"]
 
 
-class FusedStep(FusedGroups):
+class FusedStep:
     """What is stepped by programs, and how; see `FusedGroups` for the arguments."""
 
     def __init__(
         self, inner: Optimizer, store: MasterStore, fused: Fused, formats: StateFormats
     ) -> None:
-        super().__init__(inner, store, fused, formats)
-        self._held: Any = WeakIdKeyDictionary()
-        """Parameters whose state is not as the rule itself would keep it."""
-        self._plan: Plan | None = None
+        self._inner, self._store = inner, store
+        self.held = HeldStates(inner, formats)
+        self.groups = FusedGroups(inner, store, fused, formats, self.held)
+        self._kept_plan: tuple[Plan, tuple[int, int]] | None = None
         self._pending: Pending | None = None
         self._captured: tuple[Plan, Tensor | None] | None = None
         self.skipped = False
@@ -66,15 +63,23 @@ class FusedStep(FusedGroups):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Programs, plans and tables are made anew; whoever copies says `adopt`.
-        return FusedStep, (self._inner, self._store, self.fused, self.formats)
-
-    def forget_plan(self) -> None:
-        self._plan = None
+        return FusedStep, (self._inner, self._store, self.groups.fused, self.groups.formats)
 
     def adopt(self, params: Iterable[Tensor]) -> None:
         """Take over the state of these parameters, which was loaded or copied."""
         self._pending = self._plan = self._captured = None
-        self._held = WeakIdKeyDictionary({p: None for p in params if p in self._inner.state})
+        self.held.adopt(params)
+
+    @property
+    def _plan(self) -> Plan | None:
+        """The plan of the last step, if probes and states are those that it was made from."""
+        plan, made_at = self._kept_plan or (None, None)
+        return plan if made_at == (self.groups.choices, self.held.releases) else None
+
+    @_plan.setter
+    def _plan(self, plan: Plan | None) -> None:
+        made_at = self.groups.choices, self.held.releases
+        self._kept_plan = None if plan is None else (plan, made_at)
 
     # ---------------------------------------- a step
 
@@ -104,10 +109,10 @@ class FusedStep(FusedGroups):
             try:
                 recordings.append(cohort.probe.step(cohort.state))
             except NotFusible as error:
-                self._give_up(cohort.index, str(error))
+                self.groups.give_up(cohort.index, str(error))
             program = recordings[-1].program
-            if program not in self._admissions[cohort.index].programs:
-                self._admit_again(cohort.index, program)
+            if program not in self.groups.found(cohort.index).programs:
+                self.groups.admit_again(cohort.index, program)
                 return self.prepare(members, check, pending)
         if not _keep_signs(plan, recordings):
             plan.programs = ()  # states that are stored without a sign get one
@@ -158,7 +163,7 @@ class FusedStep(FusedGroups):
             return "kernels were writing to parameters and states"
         pending.undo(cast(dict[Any, Any], self._inner.state), self._store)
         self._plan = None
-        self._candidates.clear()
+        self.groups.share_out_anew()
         return ""
 
     def prepare_replay(self, pending: Pending) -> None:
@@ -171,7 +176,7 @@ class FusedStep(FusedGroups):
         plan, found_inf = self._captured
         recordings: list[Recording] = []
         with suppress(NotFusible):
-            if self.is_current():
+            if self.groups.is_current():
                 recordings = [cohort.probe.step(cohort.state) for cohort in plan.cohorts]
         prepared = Prepared(plan, NOBODY, recordings, pending)
         if prepared.programs != plan.programs or not _keep_signs(plan, recordings):
@@ -221,41 +226,6 @@ class FusedStep(FusedGroups):
         if pending.undo(cast(dict[Any, Any], self._inner.state), self._store):
             self._plan = None
 
-    # ---------------------------------------- leaving
-
-    def release(self, params: Iterable[Tensor] | None = None) -> None:
-        """Leave these parameters' state as the rule itself keeps it: it is about to run on them."""
-        chosen = list(self._held) if params is None else [p for p in params if p in self._held]
-        if not chosen:
-            return
-        self._plan = None
-        group_of = {p: group for group in self._inner.param_groups for p in group["params"]}
-        for param in chosen:
-            self._held.pop(param, None)
-            entry = self._inner.state.get(param)
-            if entry is not None:
-                plain = self.decoded(entry, param)
-                entry.clear()
-                entry.update(plain)
-                _place_step(entry, param, group_of.get(param, {}))
-
-    def considered(self, index: int) -> FusedAdmission | None:
-        held = [p for p in self._inner.param_groups[index]["params"] if p in self._held]
-        if index in self._admissions or not held:
-            return super().considered(index)
-        state = cast(dict[Any, Any], self._inner.state)
-        shown_to_a_trial = defaultdict[Any, Any](dict, state)
-        shown_to_a_trial.update((p, self.decoded(state[p], p)) for p in held if p in state)
-        self._inner.state = shown_to_a_trial
-        try:
-            return super().considered(index)
-        finally:
-            self._inner.state = cast(Any, state)
-
-    def decoded(self, entry: Entry, param: Tensor) -> Entry:
-        """An entry as the rule itself would keep it, see `cohorts.decoded`."""
-        return decoded(entry, param, self.formats)
-
     # ---------------------------------------- planning
 
     def _planned(self, members: Members, pending: Pending) -> Plan:
@@ -265,21 +235,20 @@ class FusedStep(FusedGroups):
             if self._store.has(param):
                 self._store.put(state, param, self._store.current(state, param))
             same_strides(state[param], param)
-            self._probe(index, param)
+            self.groups.probe(index, param)
         found = [
             self._member(index, place, param, state[param])
             for place, (index, param) in enumerate(members.pairs)
         ]
-        stepping = set(map(id, members.params))
-        resting = [state[p] for p in self._held if id(p) not in stepping and p in state]
-        self._held.update((param, None) for param in members.params)
+        resting = self.held.resting(members.params)
+        self.held.take(members.params)
         return Plan(self._inner, form_cohorts(found, resting), members)
 
     def _member(self, index: int, place: int, param: Tensor, entry: Entry) -> Member:
-        admission = self._admissions[index]
-        counts_on_host(entry, admission.state_of(shown(entry, self.formats), param))
-        state = admission.state_of(shown(entry, self.formats), param)
-        return Member(index, place, entry, self._probe(index, param), state)
+        admission = self.groups.found(index)
+        counts_on_host(entry, admission.state_of(shown(entry, self.groups.formats), param))
+        state = admission.state_of(shown(entry, self.groups.formats), param)
+        return Member(index, place, entry, self.groups.probe(index, param), state)
 
     def _make_launches(self, plan: Plan, recordings: Sequence[Recording], members: Members) -> bool:
         """Launches for the programs of this step; says whether it had to make states."""
@@ -305,11 +274,11 @@ class FusedStep(FusedGroups):
         used = {*program.reads, *program.writes}
         names = [name for name in recording.state.elements if name in used]
         asked: dict[str, StateFormat] = {
-            name: "fp32" if "[" in name else format_of(name, self.formats) for name in names
+            name: "fp32" if "[" in name else format_of(name, self.groups.formats) for name in names
         }
         positive: frozenset[str] = frozenset()
         if "int8" in asked.values():
-            positive = self._non_negative(cohort, recording)
+            positive = self.groups.non_negative(cohort, recording)
         return {
             name: state_formats.stored_dtype(asked[name], non_negative=name in positive)
             for name in names
@@ -340,10 +309,3 @@ def _keep_signs(plan: Plan, recordings: Sequence[Recording]) -> bool:
     """Whether states that are stored without a sign need none after this step either."""
     pairs = zip(plan.cohorts, recordings, strict=True)
     return all(cohort.keeps_signs(found.program, found.scalars) for cohort, found in pairs)
-
-
-def _place_step(entry: Entry, param: Tensor, group: dict[str, Any]) -> None:
-    """Torch's rules want the step count beside the parameter if fused or capturable."""
-    step = entry.get("step")
-    if isinstance(step, Tensor) and (group.get("fused") or group.get("capturable")):
-        entry["step"] = step.to(param.device)

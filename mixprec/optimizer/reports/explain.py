@@ -62,7 +62,7 @@ class Explanation:
             admission = self._calls.considered()
             if admission is not None and not admission.per_parameter:
                 self._calls.check_whole(admission)
-                self._fused.nobody(admission.reason)
+                self._fused.groups.nobody(admission.reason)
         except TypeError as error:
             return admission, str(error)
         return admission, ""
@@ -106,11 +106,11 @@ class Explanation:
             return
         for index in range(len(self._setup.groups)):
             try:
-                found = self._fused.considered(index)
+                found = self._fused.groups.considered(index)
             except (TypeError, ValueError):
                 continue  # `_how_fused` says why
             if found is not None and found.fusible:
-                yield f"param_groups[{index}] runs\n\n{self._fused.source(index)}"
+                yield f"param_groups[{index}] runs\n\n{self._fused.groups.source(index)}"
 
     def _how_fused(self, index: int) -> str:
         """The tier of a group's 16-bit parameters, and why it is no lower one."""
@@ -121,14 +121,14 @@ class Explanation:
         if self._whole:
             return f"not fused ({below}): the rule sees all masters at once"
         try:
-            found = self._fused.considered(index)
+            found = self._fused.groups.considered(index)
         except (TypeError, ValueError) as error:
             return f"refused by step(): {error}"
         if found is None:
-            return f"not fused ({below}): {self._fused.why_not(index)}"
+            return f"not fused ({below}): {self._fused.groups.why_not(index)}"
         if not found.fusible:
             return f"not fused ({below}): {found.reason}"
-        return f"fused (tier 1, {self._fused.means(index)}): {found.reason}"
+        return f"fused (tier 1, {self._fused.groups.means(index)}): {found.reason}"
 
 
 def _formulas(inner: Optimizer) -> Iterator[str]:

@@ -527,8 +527,10 @@ def test_what_tells_parameters_apart_later_is_seen_then(
             if turn == 2:
                 change(rule)
                 if fused == "auto":
-                    optimizer._fused.fused = "auto"  # as on a GPU, where it may leave a group alone
-                    optimizer._fused._takes = lambda param: True
+                    optimizer._fused.groups.fused = (
+                        "auto"  # as on a GPU, where it may leave a group alone
+                    )
+                    optimizer._fused.groups._takes = lambda param: True
             for weight in weights:
                 weight.grad = torch.randn(weight.shape, generator=generator).bfloat16().to(dtype)
             try:
@@ -587,7 +589,7 @@ def test_code_that_is_put_in_place_of_other_code_is_read(
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         optimizer.step()
-        assert len(optimizer._fused._probes) == (2 if turn == 2 else 1)
+        assert len(optimizer._fused.groups._probes) == (2 if turn == 2 else 1)
     assert torch.allclose(weights[0], before[0] - 0.3)
     assert torch.allclose(weights[1], before[1] - 0.4)
 
@@ -597,7 +599,7 @@ def probes_of(rule: Rule) -> int:
     for weight in rule.param_groups[0]["params"]:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
-    return len(optimizer._fused._probes)
+    return len(optimizer._fused.groups._probes)
 
 
 def test_rules_that_ask_for_nothing_have_one_probe_for_all_parameters() -> None:
@@ -661,7 +663,7 @@ def test_a_rule_that_begins_to_use_the_loss_is_left_alone() -> None:
         if use:
             with pytest.raises(TypeError, match="it uses the loss, which is known when the"):
                 optimizer.step(closure)
-            optimizer._fused.fused = "auto"
+            optimizer._fused.groups.fused = "auto"
         optimizer.step(closure)
         for (_, master), begin in zip(optimizer.masters(), before, strict=True):
             assert torch.allclose(master, begin - (0.4 if use else 0.1))
@@ -711,9 +713,9 @@ def test_a_group_that_is_gone_leaves_nothing_to_the_next_one() -> None:
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         optimizer.step()
-        assert [found.by_size for _, found in sorted(optimizer._fused._admissions.items())] == (
-            [False, True] if turn == 0 else [True]
-        )
+        assert [
+            found.by_size for _, found in sorted(optimizer._fused.groups._admissions.items())
+        ] == ([False, True] if turn == 0 else [True])
     assert torch.allclose(weights[0], before[0] - 0.1)
     assert torch.allclose(weights[1], before[1] - 0.7)
 
@@ -748,4 +750,4 @@ def test_a_scheduler_and_hooks_are_no_part_of_the_rule() -> None:
             weight.grad = torch.ones_like(weight)
         optimizer.step()
         scheduler.step()
-    assert len(optimizer._fused._probes) == 1 and rule.param_groups[0]["lr"] == 0.1 * 0.125
+    assert len(optimizer._fused.groups._probes) == 1 and rule.param_groups[0]["lr"] == 0.1 * 0.125

@@ -70,7 +70,7 @@ def side_by_side(
 
 
 def admission_of(programs: MixedPrecision) -> FusedAdmission:
-    admission = programs._fused.admission(0)
+    admission = programs._fused.groups.admission(0)
     assert admission is not None
     return admission
 

@@ -279,7 +279,7 @@ def test_a_state_that_was_replaced_by_hand_is_used(stored: Any) -> None:
 def test_the_rule_itself_takes_over_and_hands_back() -> None:
     optimizer = mixprec.MixedPrecision(AdamW(params(), lr=0.1), state_formats="bf16")
     run(optimizer, 2)
-    optimizer._fused.release()
+    optimizer._fused.held.release()
     entries = [optimizer.state[p] for p in params_of(optimizer)]
     assert all(entry["exp_avg"].dtype == torch.float32 for entry in entries)
     assert len({id(entry["step"]) for entry in entries}) == len(entries)
