@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mixprec import formats
-from mixprec.optimizer.masters import MasterStore, Scratch, agree, begin, nested, read, write
+from mixprec.optimizer.masters import (
+    MasterStore,
+    Scratch,
+    agree,
+    begin,
+    is_rounding,
+    nested,
+    read,
+    write,
+)
 
 
 def patterns() -> Tensor:
@@ -135,3 +144,25 @@ def test_nested_reaches_every_tensor() -> None:
     doubled: Any = nested(value, lambda tensor: tensor * 2)
     assert doubled["a"][0].item() == 2 and doubled["a"][1][0].item() == 2
     assert doubled["a"][1][1] == "text" and doubled["b"] == 3
+
+
+@pytest.mark.parametrize("offset", range(4))
+@pytest.mark.parametrize("numel", [0, 1, 3, 4, 8, 10])
+def test_every_bit_of_every_weight_is_compared_with_its_master(numel: int, offset: int) -> None:
+    master = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    weight = torch.zeros(numel + offset, dtype=torch.bfloat16)[offset:]
+    weight.copy_(master)
+    assert is_rounding(weight, master)
+    for element in range(numel):
+        for bit in range(16):
+            bits = weight.view(torch.int16)
+            flipped = torch.tensor(1 << bit if bit < 15 else -(1 << 15), dtype=torch.int16)
+            bits[element] ^= flipped
+            assert not is_rounding(weight, master)
+            bits[element] ^= flipped
+
+
+def test_weights_that_lie_apart_are_compared_with_their_masters() -> None:
+    master = torch.randn(4, 8)
+    weight = master.bfloat16().t()
+    assert is_rounding(weight, master.t()) and not is_rounding(weight, -master.t())
