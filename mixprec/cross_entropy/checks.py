@@ -7,19 +7,58 @@ from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 __all__ = [
     "check_options",
     "check_shapes",
     "check_targets_options",
+    "check_tensors",
     "dtype_of_logits",
     "operand_dtype",
     "refuse_transforms",
 ]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensors(**given: Any) -> None:
+    """Refuse what is no tensor, and tensors that compute in a way of their own.
+
+    A quantized weight, or an adapter in the shape of a tensor, multiplies as its type says. The
+    loss multiplies the numbers that lie in memory, which may be codes, or a part of the weight.
+    """
+    for name, value in given.items():
+        if value is None and name in ("bias", "class_weight", "token_weight"):
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; it must be a tensor")
+        if _computes_itself(type(value)):
+            raise TypeError(
+                f"{name} is a {type(value).__qualname__}, a tensor that computes in its own way, "
+                f"and the loss multiplies the numbers that lie in memory: it would be another one. "
+                f"Give a plain tensor, such as {name}.dequantize() where there is one, or use "
+                f"F.cross_entropy(F.linear(hidden, weight), targets, reduction='sum')"
+            )
+
+
+_OF_TORCH = ("torch._subclasses.", "torch.distributed.")
+"""Where tensors come from that stand for plain ones: traced, sharded, or on their way."""
+
+_PLAIN: Any = Tensor
+_NO_DISPATCH = _PLAIN.__torch_dispatch__
+_FUNCTIONS = torch._C._disabled_torch_function_impl, _PLAIN.__torch_function__.__func__
+
+
+def _computes_itself(kind: type[Tensor]) -> bool:
+    """Whether operations on tensors of this type are its own code."""
+    if kind is Tensor or kind is nn.Parameter or kind.__module__.startswith(_OF_TORCH):
+        return False
+    theirs: Any = kind
+    function = theirs.__torch_function__
+    own = getattr(function, "__func__", function) not in _FUNCTIONS
+    return own or theirs.__torch_dispatch__ is not _NO_DISPATCH
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -158,10 +197,10 @@ def check_options(
 
 def check_targets_options(ignore_index: Any, shift: Any, targets: Tensor) -> None:
     """Refuse what cannot be compared with targets or move them."""
-    if not _is_int(ignore_index):
+    if not _is_int(ignore_index) or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(
-            f"ignore_index is {ignore_index!r}; it must be an int. If nothing is padding leave it "
-            f"out: -100 is no class."
+            f"ignore_index is {ignore_index!r}; it must be an int, of at most 64 bits. If nothing "
+            f"is padding leave it out: -100 is no class."
         )
     if not isinstance(shift, int) or shift < 0:
         raise ValueError(

@@ -29,6 +29,7 @@ from mixprec.cross_entropy.checks import (
     check_options,
     check_shapes,
     check_targets_options,
+    check_tensors,
     dtype_of_logits,
     operand_dtype,
     refuse_transforms,
@@ -36,7 +37,7 @@ from mixprec.cross_entropy.checks import (
 from mixprec.cross_entropy.chunks import default_chunk_size, losses_and_gradients
 from mixprec.cross_entropy.output_layer import weight_and_bias
 from mixprec.cross_entropy.softmax import has_kernel
-from mixprec.cross_entropy.vocab_shard import local_shard, say_refused
+from mixprec.cross_entropy.vocab_shard import local_shard, say_refused, sharing_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -187,8 +188,8 @@ def linear_cross_entropy(
             were given different ones, and a weight sharded over ranks of which nothing says that
             they share their tokens. What one rank of a group refuses the others refuse too. On a
             device the targets are asserted there, and the host does not wait.
-        TypeError: for targets that are no integers, for mixed dtypes, and for an output layer
-            that does more than `nn.Linear`.
+        TypeError: for targets that are no integers, for mixed dtypes, for tensors of a type that
+            computes in its own way, and for an output layer that does more than `nn.Linear`.
         RuntimeError: from a second backward pass unless `recompute`, for second derivatives, inside
             `torch.func` and for forward-mode derivatives.
 
@@ -213,13 +214,18 @@ def linear_cross_entropy(
     >>> details.argmax, details.correct
     (tensor([ 0,  0, -1]), tensor([ True, False, False]))
     """
-    if isinstance(weight, nn.Module):
-        weight, bias = weight_and_bias(weight, bias)
-    hidden, weight, bias, class_weight, group_name, most_rows = local_shard(
-        hidden, weight, bias, class_weight, process_group
-    )
-    differentiable = (hidden, weight, bias)
-    try:
+    shared_in, given = sharing_group(hidden, weight, process_group), (hidden, targets, weight)
+    try:  # what one rank refuses the others refuse too, and nobody waits
+        if isinstance(weight, nn.Module):
+            weight, bias = weight_and_bias(weight, bias)
+        tensors = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias}
+        factors = {"class_weight": class_weight, "token_weight": token_weight}
+        check_tensors(**tensors, **factors)
+        hidden, weight, bias, class_weight, group_name, most_rows = local_shard(
+            hidden, weight, bias, class_weight, process_group
+        )
+        check_tensors(hidden=hidden, weight=weight, bias=bias, class_weight=class_weight)
+        differentiable = (hidden, weight, bias)
         check_shapes(hidden, weight, targets, bias, class_weight, token_weight)
         dtype = operand_dtype(hidden, weight, bias)
         logits_dtype = dtype_of_logits(logits_dtype, dtype, hidden.device)
@@ -231,7 +237,7 @@ def linear_cross_entropy(
         check_targets_options(ignore_index, shift, targets)
         refuse_transforms(differentiable)
     except Exception:
-        say_refused(group_name, hidden.device)
+        say_refused(shared_in, *given)
         raise
     targets = _shifted(targets.long(), shift, ignore_index)
     if token_weight is not None:

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
+from mixprec.gradients import is_dtensor
+
 __all__ = ["weight_and_bias"]
 
 _LINEAR_FORWARD = nn.Linear.forward
@@ -85,6 +87,12 @@ def _remedy(layer: Any) -> str:
         return "A LinearReadout is taken by umup.losses.linear_cross_entropy."
     if type(layer).__name__ == "LinearCrossEntropy":
         return "Call it: head(hidden, targets)."
+    if is_dtensor(layer._parameters.get("weight")):
+        return (
+            "Where its weight is spread over ranks give weight=layer.weight and bias=layer.bias, "
+            "with hidden as a DTensor of the same mesh or process_group=mesh.get_group(). Under "
+            "FSDP hold them in a mixprec.LinearCrossEntropy, whose forward gathers them."
+        )
     return (
         "Give the tensors that it comes to as weight= and bias=: for an adapter such as "
         "base.weight + scaling * B.weight @ A.weight, which passes gradients to all of them. For "

@@ -16,11 +16,11 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixprec.gradients import is_dtensor
 
-__all__ = ["Local", "VocabShard", "local_shard", "locate", "say_refused"]
+__all__ = ["Local", "VocabShard", "local_shard", "locate", "say_refused", "sharing_group"]
 
 
 class VocabShard(NamedTuple):
@@ -86,10 +86,27 @@ def locate(
     return VocabShard(group_name, before, sizes.sum().double()), sizes
 
 
-def say_refused(group_name: str | None, device: torch.device) -> None:
-    """Meet the other ranks, which may be there already, with nothing but a refusal."""
+def sharing_group(hidden: Any, weight: Any, process_group: Any) -> str | None:
+    """The group that ranks will meet in, told from arguments that nobody has checked yet."""
+    if isinstance(weight, nn.Module):
+        weight = weight._parameters.get("weight")
+    group = process_group if _is_group(process_group) else None
+    if group is None and dist.is_available() and is_dtensor(weight) and is_dtensor(hidden):
+        shards = [i for i, p in enumerate(weight.placements) if p.is_shard(0)]
+        group = weight.device_mesh.get_group(shards[0]) if len(shards) == 1 else None
+    if group is None or dist.get_world_size(group) == 1:
+        return None
+    return group.group_name
+
+
+def say_refused(group_name: str | None, *given: Any) -> None:
+    """Meet the other ranks, which may be there already, with nothing but a refusal.
+
+    On the device of the first tensor among `given`.
+    """
     if group_name is not None and not torch.compiler.is_compiling():
-        _meet(group_name, device, 0)
+        devices = (value.device for value in given if isinstance(value, Tensor))
+        _meet(group_name, next(devices, torch.device("cpu")), 0)
 
 
 def _meet(
@@ -144,7 +161,7 @@ def local_shard(
     class_weight: Tensor | None,
     process_group: Any,
 ) -> Local:
-    """What this rank has. Whatever is refused here is the same on all ranks."""
+    """What this rank has."""
     if process_group is not None and not _is_group(process_group):
         raise TypeError(
             f"process_group is a {type(process_group).__name__}; give a ProcessGroup, such as "
@@ -152,7 +169,7 @@ def local_shard(
         )
     if dist.is_available() and is_dtensor(weight):
         return _of_dtensor(hidden, weight, bias, class_weight, process_group)
-    rows = weight.shape[0]
+    rows = weight.shape[0] if weight.dim() else 0
     if process_group is None:
         return Local(hidden, weight, bias, class_weight, None, rows)
     hidden, size = _replicated(hidden), dist.get_world_size(process_group)

@@ -1154,8 +1154,14 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"ignore_index": None},
         TypeError,
-        r"ignore_index is None; it must be an int. If nothing is padding leave it out: -100",
+        r"ignore_index is None; it must be an int, of at most 64 bits.*leave it out: -100",
     ),
+    ({"ignore_index": 2**70}, TypeError, r"ignore_index is 1180591620717411303424; .* 64 bits"),
+    ({"targets": [0, 1, 2, 3, 3, 0]}, TypeError, "targets is a list; it must be a tensor"),
+    ({"weight": None}, TypeError, "weight is a NoneType; it must be a tensor"),
+    ({"weight": torch.tensor(1.0)}, ValueError, r"weight is \[\] but hidden is \[6, 2\]"),
+    ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden is \[\]; weight must be \[vocab, width\]"),
+    ({"bias": [0.0] * 4}, TypeError, "bias is a list; it must be a tensor"),
     ({"ignore_index": -100.0}, TypeError, r"ignore_index is -100\.0; it must be an int"),
     ({"ignore_index": True}, TypeError, r"ignore_index is True; it must be an int"),
     ({"shift": -1}, ValueError, r"shift is -1; it must be an int of at least 0.*True or 1 for"),
@@ -1199,3 +1205,60 @@ def test_arguments_that_cannot_be_meant_are_refused(
     linear_cross_entropy(**arguments)
     with pytest.raises(kind, match=said):
         linear_cross_entropy(**{**arguments, **wrong})
+
+
+# ------------------------------------------------------------------ tensors of other types
+
+
+class Scaled(Tensor):
+    """A tensor that multiplies in a way of its own, as quantized weights do."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result if func is F.linear else result
+
+
+class Named(Tensor):
+    """A tensor that computes as any other."""
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "class_weight", "token_weight"])
+def test_a_tensor_that_computes_in_its_own_way_is_refused(name: str) -> None:
+    arguments: dict[str, Any] = {
+        "hidden": torch.randn(6, 2),
+        "weight": torch.randn(4, 2),
+        "targets": torch.tensor([0, 1, 2, 3, 3, 0]),
+        "bias": torch.randn(4),
+        "class_weight": torch.ones(4),
+        "token_weight": torch.ones(6),
+    }
+    expected = linear_cross_entropy(**arguments)[0]
+    named = {**arguments, name: arguments[name].as_subclass(Named)}
+    assert_same(linear_cross_entropy(**named)[0].as_subclass(Tensor), expected)
+    own = {**arguments, name: arguments[name].as_subclass(Scaled)}
+    with pytest.raises(
+        TypeError, match=f"{name} is a Scaled, a tensor that computes in its own wa"
+    ):
+        linear_cross_entropy(**own)
+
+
+def test_a_layer_whose_weight_computes_in_its_own_way_is_refused() -> None:
+    layer = nn.Linear(2, 4, bias=False)
+    hidden, targets = torch.randn(6, 2), torch.tensor([0, 1, 2, 3, 3, 0])
+    right = F.cross_entropy(layer(hidden), targets, reduction="sum")
+    torch.testing.assert_close(linear_cross_entropy(hidden, layer, targets)[0], right)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Scaled))
+    with pytest.raises(
+        TypeError, match="weight is a Scaled, a tensor that computes in its own way"
+    ):
+        linear_cross_entropy(hidden, layer, targets)
+
+
+def test_tensors_without_memory_have_a_loss_without_a_value() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        hidden, targets = torch.randn(6, 2), torch.zeros(6, dtype=torch.long)
+        loss, _ = linear_cross_entropy(hidden, nn.Linear(2, 4), targets, num_tokens=6)
+    assert loss.shape == ()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from mixprec.cross_entropy import chunks as logit_chunks
+from mixprec.cross_entropy.vocab_shard import VocabShard
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
@@ -178,7 +179,33 @@ def check_what_one_rank_refuses(rank: int) -> None:
     with pytest.raises(ValueError, match=r"weight is \[25, 9\] but hidden|another rank of process"):
         narrow = mine[:, :9] if rank else mine
         linear_cross_entropy(hidden, narrow, targets, process_group=group())
+    adapted = nn.Linear(16, 25)
+    adapted.register_forward_hook(lambda module, inputs, output: output)
+    odd: list[tuple[Any, str]] = [
+        (adapted, "which has a forward hook"),
+        (None, "weight is a NoneType; it must be a tensor"),
+        (torch.tensor(1.0), r"weight is \[\] but hidden is"),
+        (mine.as_subclass(Doubled), "weight is a Doubled, a tensor that computes in its own way"),
+    ]
+    for wrong, said in odd:
+        given, expected = (wrong, said) if rank else (mine, "another rank of process_group has")
+        with pytest.raises((TypeError, ValueError), match=expected):
+            linear_cross_entropy(hidden, given, targets, process_group=group())
     linear_cross_entropy(hidden, mine, targets, process_group=group())
+
+
+class Doubled(Tensor):
+    """A tensor that multiplies in a way of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * result if func is torch.nn.functional.linear else result
+
+
+def test_targets_of_other_ranks_are_no_rows_here() -> None:
+    shard = VocabShard("g", 4, 10)
+    assert shard.local(torch.tensor([0, 5, 9, 3, 4, 7, 8]), 4).tolist() == [-1, 1, -1, -1, 0, 3, -1]
 
 
 def check_what_ranks_differ_in(rank: int) -> None:
@@ -283,6 +310,11 @@ def check_dtensor(rank: int) -> None:
         torch.testing.assert_close(head.grad.full_tensor(), 2 * weight.grad, rtol=1e-11, atol=1e-12)
         with pytest.raises(ValueError, match=r"weight is a DTensor.*Under FSDP read the weight"):
             linear_cross_entropy(plain, head, targets)
+        layer = nn.Linear(weight.shape[1], vocab, bias=False, dtype=FP64)
+        layer.weight = head
+        layer.register_forward_hook(lambda module, inputs, output: output)
+        with pytest.raises(TypeError, match=r"give weight=layer\.weight .*mesh\.get_group\(\)"):
+            linear_cross_entropy(states, layer, targets)
         wrong = distribute_tensor(weight.detach(), mesh, [Shard(1)])
         with pytest.raises(ValueError, match="only its dim 0, the vocabulary, may be sharded"):
             linear_cross_entropy(states, wrong, targets)
