@@ -38,7 +38,8 @@ from torch import Tensor
 
 from mixprec.cross_entropy import linear_cross_entropy
 from mixprec.cross_entropy.chunks import default_chunk_size
-from mixprec.cross_entropy.softmax import LossTerms, softmax_gradient_
+from mixprec.cross_entropy.rows import LossTerms
+from mixprec.cross_entropy.softmax import softmax_gradient_
 
 PADDING = -100
 MIB = 2**20

@@ -2,7 +2,7 @@
 
     logits = hidden weight^T,    dhidden = dlogits weight,    dweight += dlogits^T hidden
 
-What happens to the logits of a chunk is in `softmax_gradient.py`. Here are the products. Sums that
+What happens to the logits of a chunk is in `rows`. Here are the products. Sums that
 go on over chunks are FP32, and so are those of the remainders, which the rounding of dlogits took
 at the targets: times a row of the weight in dhidden, times a hidden state in dweight.
 
@@ -18,10 +18,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mixprec.cross_entropy.softmax import LossTerms, Rows, has_kernel, softmax_gradient_
+from mixprec.cross_entropy.rows import LossTerms, Rows, wide
+from mixprec.cross_entropy.softmax import softmax_gradient_, twin
 from mixprec.cross_entropy.vocab_shard import VocabShard, locate
 
-__all__ = ["default_chunk_size", "losses_and_gradients", "wide"]
+__all__ = ["default_chunk_size", "losses_and_gradients"]
 
 _SLAB_BYTES = 2**30
 _MOST_TOKENS = 8192
@@ -32,11 +33,6 @@ _TILE_COLUMNS = 256
 # are added up in 16 bits (torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction).
 _ELEMENTS_OF_A_WAVE = 2**22
 _ALIGNMENT = 64  # elements: rows that start at multiples of 128 bytes are read in whole lines
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums: FP32, or FP64 for FP64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def default_chunk_size(vocab: int, logits_dtype: torch.dtype) -> int:
@@ -218,12 +214,11 @@ def _pick(matrix: Tensor, rows: slice | Tensor) -> Tensor:
 
 def _slab(tokens: int, matrix: Tensor, logits_dtype: torch.dtype) -> Tensor:
     """Memory for the logits of a chunk; without a kernel they are FP32 or FP64."""
-    kernel = has_kernel(matrix.device, logits_dtype)
     vocab = len(matrix)
     return torch.empty(
         tokens,
         -(-vocab // _ALIGNMENT) * _ALIGNMENT,
-        dtype=logits_dtype if kernel else wide(logits_dtype),
+        dtype=twin(matrix.device, logits_dtype).dtype_of_slab(logits_dtype),
         device=matrix.device,
     )[:, :vocab]
 
@@ -242,19 +237,8 @@ def _target_logits(
     """
     if logits_dtype.itemsize > 2 or not len(matrix):
         return None
-    if has_kernel(hidden.device, hidden.dtype):
-        from mixprec.cross_entropy import softmax_kernels as kernels
-
-        return kernels.target_logits(hidden, matrix, labels)
-    dtype = wide(hidden.dtype)
-    return torch.cat(
-        [
-            (states.to(dtype) * matrix[classes.clamp(min=0)].to(dtype)).sum(1)
-            for states, classes in zip(
-                hidden.split(_FEWEST_TOKENS), labels.split(_FEWEST_TOKENS), strict=True
-            )
-        ]
-    )
+    picked: Tensor = twin(hidden.device, hidden.dtype).target_logits(hidden, matrix, labels)
+    return picked
 
 
 def _add_gradients_(
@@ -288,39 +272,22 @@ def _add_gradients_(
         out = states  # a copy, which nothing reads any more
     else:
         out = states.new_empty(states.shape, dtype=dtype)
+    here = twin(out.device, out.dtype)
     if not len(matrix):
         out.zero_()
     elif by_hidden.dtype.itemsize > 2:
         torch.mm(grad_logits, matrix, out=out)
     elif out.dtype.itemsize == 2 and out.numel() <= _ELEMENTS_OF_A_WAVE:
         sums = states.new_empty(states.shape, dtype=torch.float32)
-        _write_multiples_of_rows_(
-            out, remainders, matrix, classes, _multiply_into(sums, grad_logits, matrix)
-        )
+        product = _multiply_into(sums, grad_logits, matrix)
+        here.write_multiples_of_rows_(out, remainders, matrix, classes, product)
     else:
         # At most 2^-9 of a row of the weight, so 16 bits hold it beside the product's FP32 sum.
-        _write_multiples_of_rows_(out, remainders, matrix, classes)
+        here.write_multiples_of_rows_(out, remainders, matrix, classes, None)
         _add_product_(out, grad_logits, matrix)
     shard.reduce_(out, "sum")
     if not in_place:
         by_hidden[rows] = out.to(by_hidden.dtype)
-
-
-def _write_multiples_of_rows_(
-    out: Tensor,
-    factors: Tensor,
-    matrix: Tensor,
-    classes: Tensor,
-    addends: Tensor | None = None,
-) -> None:
-    """`out[i] = factors[i] * matrix[classes[i]] + addends[i]`; at a class of -1 factors are 0."""
-    if has_kernel(out.device, out.dtype):
-        from mixprec.cross_entropy import softmax_kernels as kernels
-
-        kernels.multiples_of_rows_(out, factors, matrix, classes, addends)
-        return
-    products = matrix[classes.clamp(min=0)] * factors[:, None]
-    out.copy_(products if addends is None else products.add_(addends))
 
 
 def _add_remainders_(
@@ -334,21 +301,11 @@ def _add_remainders_(
     _, by_weight, by_bias = grads
     if not len(by_weight if needs[1] else by_bias):
         return
+    here = twin(by_weight.device, by_weight.dtype)
     if needs[1]:
-        _add_by_class_(by_weight, labels, remainders, hidden)
+        here.add_by_class_(by_weight, labels, remainders, hidden)
     if needs[2]:
-        _add_by_class_(by_bias[:, None], labels, remainders, torch.ones_like(hidden[:, :1]))
-
-
-def _add_by_class_(sums: Tensor, labels: Tensor, factors: Tensor, states: Tensor) -> None:
-    """`sums[labels[i]] += factors[i] * states[i]` for all i whose label is not -1."""
-    if has_kernel(sums.device, sums.dtype):
-        from mixprec.cross_entropy import softmax_kernels as kernels
-
-        kernels.add_products_by_class_(sums, labels, factors, states)
-        return
-    for rows in (labels >= 0).nonzero().squeeze(1).split(_FEWEST_TOKENS):
-        sums.index_add_(0, labels[rows], factors[rows, None] * states[rows])
+        here.add_by_class_(by_bias[:, None], labels, remainders, torch.ones_like(hidden[:, :1]))
 
 
 losses_and_gradients = torch.library.custom_op(

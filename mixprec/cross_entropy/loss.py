@@ -36,7 +36,7 @@ from mixprec.cross_entropy.checks import (
 )
 from mixprec.cross_entropy.chunks import default_chunk_size, losses_and_gradients
 from mixprec.cross_entropy.output_layer import weight_and_bias
-from mixprec.cross_entropy.softmax import has_kernel
+from mixprec.cross_entropy.softmax import twin
 from mixprec.cross_entropy.vocab_shard import local_shard, say_refused, sharing_group
 
 if TYPE_CHECKING:
@@ -431,9 +431,6 @@ def _evaluate(
     )
 
 
-_BLOCK = 2**20  # elements widened at once
-
-
 def _times_(grad: Tensor, factor: Tensor) -> Tensor:
     """`grad * factor` in FP32, in place: a 16-bit `mul_` may round the factor first.
 
@@ -443,15 +440,7 @@ def _times_(grad: Tensor, factor: Tensor) -> Tensor:
         return (grad.to(factor.dtype) * factor).to(grad.dtype)
     if factor.device.type == "cpu" and factor.item() == 1:
         return grad
-    if has_kernel(grad.device, factor.dtype):
-        from mixprec.cross_entropy import softmax_kernels as kernels
-
-        kernels.scale_(grad, factor)
-    elif grad.dtype == factor.dtype:
-        grad.mul_(factor)
-    else:
-        for block in grad.view(-1).split(_BLOCK):
-            block.copy_(block.to(factor.dtype) * factor)
+    twin(grad.device, factor.dtype).scale_(grad, factor)
     return grad
 
 

@@ -12,12 +12,8 @@ import torch
 from kernels import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 
-from mixprec.cross_entropy.softmax import (
-    LossTerms,
-    _by_kernels_of_a_shard,
-    front_of_rows,
-    softmax_gradient_,
-)
+from mixprec.cross_entropy.rows import LossTerms, front_of_rows
+from mixprec.cross_entropy.softmax import softmax_gradient_
 from mixprec.cross_entropy.vocab_shard import VocabShard
 
 pytestmark = MARKS
@@ -275,7 +271,9 @@ def test_a_shard_that_holds_every_class_is_the_whole(
     logits, targets = case(3, vocab, logits_dtype)
     terms, token_weight = filled(name, 3, vocab)
     rows, exact = in_fp64(logits, targets, terms, token_weight)
-    found = _by_kernels_of_a_shard(
+    from mixprec.cross_entropy.by_kernels import _of_a_shard
+
+    found = _of_a_shard(
         logits, targets, terms, token_weight, None, dtype, True, VocabShard(None, 0, vocab)
     )
     assert found.gradient is not None and found.remainders is not None
