@@ -43,7 +43,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mixprec
-from mixprec.float8.cast import NUM_COUNTERS, cast_rowwise, cast_scaled, cast_tensorwise
+from mixprec.float8.casts.cast import cast_rowwise, cast_scaled, cast_tensorwise
+from mixprec.float8.casts.counters import NUM_COUNTERS
 from mixprec.formats import E4M3, E5M2
 
 BF16 = torch.bfloat16
@@ -272,7 +273,7 @@ def section_tiles() -> None:
     """Not part of a whole run: how the tiles of the kernels were chosen."""
     if not CUDA:
         return
-    from mixprec.float8 import cast_kernels
+    from mixprec.float8.casts import cast_kernels
 
     kernels: Any = cast_kernels
     # Rows, columns, warps.

@@ -33,7 +33,7 @@ import mixprec
 from mixprec import umup
 from mixprec.cli.curves import Curve, Picture, Stroke, draw_svg
 from mixprec.cli.table import table
-from mixprec.float8.cast import FLUSHED, SATURATED, SEEN
+from mixprec.float8.casts.counters import FLUSHED, SATURATED, SEEN
 from mixprec.float8.conversion import float8_layers
 from mixprec.formats import BF16, FP32
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixprec import formats
 from mixprec.cli.table import table
-from mixprec.float8.cast import cast_scaled
+from mixprec.float8.casts.cast import cast_scaled
 from mixprec.float8.products import has_units, scaled_product
 from mixprec.float8.recipe import PRODUCTS, by_name
 from mixprec.formats import E4M3, E5M2, Format

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mixprec.devices import to_host
-from mixprec.float8.cast import AMAX_BITS, FLUSHED, SATURATED, SEEN
+from mixprec.float8.casts.counters import AMAX_BITS, FLUSHED, SATURATED, SEEN
 from mixprec.float8.recipe import MAX_EXPONENT, Cast
 from mixprec.formats import Format
 

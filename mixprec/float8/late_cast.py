@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixprec import formats
-from mixprec.float8.cast import has_kernel
+from mixprec.float8.casts.cast import has_kernel
 from mixprec.float8.operand import cast_as, cast_named
 from mixprec.float8.operators import operator
 from mixprec.float8.products import padded
@@ -42,7 +42,7 @@ def late_cast(
 def transposed(weight: Tensor) -> Tensor:
     """`weight.t().contiguous()` of a contiguous FP8 matrix."""
     if weight.numel() and has_kernel(weight.device):
-        from mixprec.float8 import transpose_kernels as kernels
+        from mixprec.float8.casts import transpose_kernels as kernels
 
         return kernels.transpose(weight.view(torch.uint8)).view(weight.dtype)
     return weight.view(torch.uint8).t().contiguous().view(weight.dtype)

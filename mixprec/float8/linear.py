@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixprec.autograd import call
 from mixprec.devices import is_capturing
-from mixprec.float8.cast import Operand8
+from mixprec.float8.casts.cast import Operand8
 from mixprec.float8.operand import Operand
 from mixprec.float8.products import scaled_product
 from mixprec.float8.recipe import OPERANDS, Recipe

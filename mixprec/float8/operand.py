@@ -25,14 +25,14 @@ from torch import Tensor
 
 from mixprec import formats
 from mixprec.devices import is_capturing
-from mixprec.float8.cast import (
-    NUM_COUNTERS,
+from mixprec.float8.casts.cast import (
     Operand8,
     cast_rowwise,
     cast_scaled,
     cast_tensorwise,
     has_kernel,
 )
+from mixprec.float8.casts.counters import NUM_COUNTERS
 from mixprec.float8.exponents import follow, scale_for
 from mixprec.float8.operators import operator, written
 from mixprec.float8.products import padded

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from mixprec.binades import MAX_FLUSHED, MAX_SATURATED, percent, signed
 from mixprec.devices import to_host
 from mixprec.float8.advice import better, fitting, lost, remedy
-from mixprec.float8.cast import AMAX_BITS, FLUSHED, NON_FINITE, NUM_COUNTERS, SATURATED, SEEN
+from mixprec.float8.casts.counters import (
+    AMAX_BITS,
+    FLUSHED,
+    NON_FINITE,
+    NUM_COUNTERS,
+    SATURATED,
+    SEEN,
+)
 from mixprec.float8.conversion import float8_layers
 from mixprec.float8.exponents import exponents_of
 from mixprec.float8.recipe import Cast

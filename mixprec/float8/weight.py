@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mixprec.devices import is_capturing
-from mixprec.float8.cast import Operand8, cast_scaled, has_kernel
+from mixprec.float8.casts.cast import Operand8, cast_scaled, has_kernel
 from mixprec.float8.exponents import follow_weight
 from mixprec.float8.late_cast import late_cast
 from mixprec.float8.operand import Operand, cast_as, cast_named, settle_at

@@ -12,17 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixprec.float8.cast import (
+from mixprec.float8.casts.cast import Operand8, cast_rowwise, cast_scaled, cast_tensorwise
+from mixprec.float8.casts.counters import (
     AMAX_BITS,
     FLUSHED,
     NON_FINITE,
     NUM_COUNTERS,
     SATURATED,
     SEEN,
-    Operand8,
-    cast_rowwise,
-    cast_scaled,
-    cast_tensorwise,
     largest_that_fits,
 )
 from mixprec.formats import BF16, E4M3, E5M2, Format

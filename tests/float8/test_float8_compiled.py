@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import mixprec
 from mixprec import Precision, formats
 from mixprec.float8 import operand
-from mixprec.float8.cast import Operand8, cast_scaled
+from mixprec.float8.casts.cast import Operand8, cast_scaled
 from mixprec.float8.operand import Operand, settle_at
 from mixprec.float8.operators import operator
 from mixprec.float8.recipe import Cast

@@ -16,18 +16,10 @@ from kernels import DEVICE, INTERPRETED, MARKS
 from torch import Tensor
 from waiting import no_waiting
 
-from mixprec.float8 import cast as float8_cast
-from mixprec.float8.cast import (
-    FLUSHED,
-    NON_FINITE,
-    NUM_COUNTERS,
-    SATURATED,
-    SEEN,
-    Operand8,
-    cast_rowwise,
-    cast_scaled,
-    cast_tensorwise,
-)
+from mixprec.float8.casts import cast as casting
+from mixprec.float8.casts import in_torch
+from mixprec.float8.casts.cast import Operand8, cast_rowwise, cast_scaled, cast_tensorwise
+from mixprec.float8.casts.counters import FLUSHED, NON_FINITE, NUM_COUNTERS, SATURATED, SEEN
 from mixprec.formats import E4M3, E5M2, Format
 
 pytestmark = MARKS
@@ -41,7 +33,10 @@ Cast = Callable[..., Operand8]
 @pytest.fixture(autouse=True)
 def _interpret(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if INTERPRETED:
-        monkeypatch.setattr(float8_cast, "_by_kernel", lambda x: x.numel() != 0)  # pyright: ignore
+        from mixprec.float8.casts import cast_kernels
+
+        twins: Any = {True: cast_kernels, False: in_torch}
+        monkeypatch.setattr(casting, "_twin", lambda x: twins[x.numel() != 0])  # pyright: ignore
     yield
 
 
@@ -61,7 +56,7 @@ def in_plain_torch(
 ) -> Operand8:
     """On the CPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(float8_cast, "_by_kernel", lambda x: False)  # pyright: ignore
+        patch.setattr(casting, "_twin", lambda x: in_torch)  # pyright: ignore
         return cast(x.cpu(), format, counters, **options)
 
 
@@ -252,7 +247,7 @@ def test_zeros_and_empty_matrices(name: str) -> None:
 def test_tiles_that_are_counted_together_agree_with_plain_torch(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mixprec.float8 import cast_kernels
+    from mixprec.float8.casts import cast_kernels
 
     monkeypatch.setattr(cast_kernels, "_COUNTED_TILES", 3)
     x = values(*shape)
@@ -303,20 +298,20 @@ def test_more_than_2_to_the_31_elements(name: str, shape: tuple[int, int]) -> No
     if name == "scaled":
         by_row = by_col = torch.tensor(2.0, device=DEVICE).view(1, 1)
     elif cast is cast_tensorwise:
-        by_row, factor = float8_cast._fitted(x.abs().amax().view(1, 1), E4M3, power_of_two)
+        by_row, factor = in_torch._fitted(x.abs().amax().view(1, 1), E4M3, power_of_two)
         by_col = by_row
         assert torch.equal(operand.row_scale, factor.view(1))
     else:
-        by_row, factor = float8_cast._fitted(x.abs().amax(1, keepdim=True), E4M3, power_of_two)
+        by_row, factor = in_torch._fitted(x.abs().amax(1, keepdim=True), E4M3, power_of_two)
         assert torch.equal(operand.row_scale, factor)
-        by_col, factor = float8_cast._fitted(x.abs().amax(0, keepdim=True), E4M3, power_of_two)
+        by_col, factor = in_torch._fitted(x.abs().amax(0, keepdim=True), E4M3, power_of_two)
         assert torch.equal(operand.col_scale, factor.t())
     for first in (0, shape[0] // 2, shape[0] - 64):
         part = slice(first, first + 64)
         of_rows = by_row[part] if len(by_row) > 1 else by_row
-        exact = float8_cast._codes(x[part].cpu(), of_rows.cpu(), E4M3)
+        exact = in_torch._codes(x[part].cpu(), of_rows.cpu(), E4M3)
         assert torch.equal(operand.rows[part].view(torch.uint8).cpu(), exact), f"rows {part}"
-        exact = float8_cast._codes(x[part].cpu(), by_col.cpu(), E4M3)
+        exact = in_torch._codes(x[part].cpu(), by_col.cpu(), E4M3)
         turned = operand.cols.view(torch.uint8)[:, part].t().cpu()
         assert torch.equal(turned, exact), f"columns, {part}"
 

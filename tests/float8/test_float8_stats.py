@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import mixprec
 from mixprec import float8
-from mixprec.float8.cast import cast_scaled
+from mixprec.float8.casts.cast import cast_scaled
 from mixprec.float8.recipe import Cast
 from mixprec.float8.stats import Counted, Row, Stats, read, row
 from mixprec.formats import E4M3, E5M2, Format

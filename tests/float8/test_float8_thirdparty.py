@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mixprec import Precision, formats
-from mixprec.float8.cast import cast_rowwise, cast_tensorwise
+from mixprec.float8.casts.cast import cast_rowwise, cast_tensorwise
 from mixprec.formats import E4M3, E5M2, Format
 
 pytestmark = pytest.mark.thirdparty

@@ -31,7 +31,7 @@ def test_columns_become_rows(shape: tuple[int, int], dtype: torch.dtype) -> None
 @marked
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_kernel_writes_the_same_bytes(shape: tuple[int, int]) -> None:
-    from mixprec.float8 import transpose_kernels
+    from mixprec.float8.casts import transpose_kernels
 
     codes = every_code(shape, DEVICE)
     found = transpose_kernels.transpose(codes)

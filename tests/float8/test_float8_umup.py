@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import mixprec
 from mixprec import Precision, umup
-from mixprec.float8.cast import FLUSHED, NON_FINITE, SEEN
+from mixprec.float8.casts.counters import FLUSHED, NON_FINITE, SEEN
 from mixprec.float8.conversion import float8_layers
 from mixprec.formats import BF16, FP16
 from mixprec.umup.layers import Linear, LinearReadout

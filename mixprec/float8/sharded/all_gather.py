@@ -29,7 +29,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
 
 from mixprec.devices import is_capturing
-from mixprec.float8.cast import AMAX_BITS, cast_scaled
+from mixprec.float8.casts.cast import cast_scaled
+from mixprec.float8.casts.counters import AMAX_BITS
 from mixprec.float8.exponents import scale_for
 from mixprec.float8.operand import Operand
 from mixprec.gradients import local

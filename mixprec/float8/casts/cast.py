@@ -13,44 +13,31 @@ is NaN in both formats: they pass through every product and end in the gradients
 looked for anyway. Finite values saturate. What was lost can be counted on the way, at no extra
 reading.
 
-Here in plain torch; on a CUDA device with FP8 units, kernels write the same bytes in one pass.
+`in_torch` does it in plain torch; on a CUDA device with FP8 units `cast_kernels` write the same
+bytes in one pass.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixprec.devices import has_triton
+from mixprec.float8.casts import in_torch
 from mixprec.float8.products import has_units, padded
 from mixprec.formats import E4M3, E5M2, Format
 
 __all__ = [
-    "AMAX_BITS",
-    "FLUSHED",
-    "NON_FINITE",
-    "NUM_COUNTERS",
-    "SATURATED",
-    "SEEN",
     "Operand8",
     "cast_rowwise",
     "cast_scaled",
     "cast_tensorwise",
     "has_kernel",
-    "largest_that_fits",
 ]
 
-AMAX_BITS, SATURATED, FLUSHED, NON_FINITE, SEEN = range(5)
-"""Places in the counters."""
-NUM_COUNTERS = 8
-
-SMALLEST_AMAX = 1e-12
-"""Stands in for a smaller one, as in torchao, so that zeros have a finite multiplier."""
-
-_INF, _NAN = 0x7F800000, 0x7FC00000
-_NAN_BYTE = 0x7F
 _INPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -111,16 +98,7 @@ def cast_scaled(
     """
     x = _checked("cast_scaled", x, format)
     by_row, by_col = _empty(x, format, rows, cols) if out is None else out
-    if _by_kernel(x):
-        from mixprec.float8 import cast_kernels as kernels
-
-        factor = kernels.cast_scaled_(x, by_row, by_col, format, scale, counters)
-        return Operand8(by_row, by_col, factor, factor)
-    with torch.no_grad():
-        codes = _codes(x, scale[0], format)
-        _write(codes, by_row, by_col)
-        _count(x, scale[0], codes, format, counters)
-        factor = scale[1:].clone()
+    factor = _twin(x).cast_scaled_(x, by_row, by_col, format, scale, counters)
     return Operand8(by_row, by_col, factor, factor)
 
 
@@ -151,17 +129,7 @@ def cast_tensorwise(
     """
     x = _checked("cast_tensorwise", x, format)
     by_row, by_col = _empty(x, format, rows, cols)
-    if _by_kernel(x):
-        from mixprec.float8 import cast_kernels as kernels
-
-        factor = kernels.cast_tensorwise_(x, by_row, by_col, format, counters, power_of_two)
-        return Operand8(by_row, by_col, factor, factor)
-    with torch.no_grad():
-        multiplier, factor = _fitted(_finite_magnitude(x).amax(), format, power_of_two)
-        codes = _codes(x, multiplier, format)
-        _write(codes, by_row, by_col)
-        _count(x, multiplier, codes, format, counters)
-        factor = factor.view(1)
+    factor = _twin(x).cast_tensorwise_(x, by_row, by_col, format, counters, power_of_two)
     return Operand8(by_row, by_col, factor, factor)
 
 
@@ -192,26 +160,9 @@ def cast_rowwise(
     """
     x = _checked("cast_rowwise", x, format)
     by_row, by_col = _empty(x, format, rows, cols)
-    if _by_kernel(x) and (rows or cols):
-        from mixprec.float8 import cast_kernels as kernels
-
-        factors = kernels.cast_rowwise_(x, by_row, by_col, format, counters, power_of_two)
-        return Operand8(by_row, by_col, *factors)
-    with torch.no_grad():
-        magnitude = _finite_magnitude(x)
-        row_factor = col_factor = magnitude.new_empty(0, 1)
-        if by_col is not None:
-            fitted = _fitted(magnitude.amax(0, keepdim=True)[:, : x.shape[1]], format, power_of_two)
-            codes, col_factor = _codes(x, fitted[0], format), fitted[1].t().contiguous()
-            _write(codes, None, by_col)
-            if by_row is None:
-                _count(x, fitted[0], codes, format, counters)
-        if by_row is not None:
-            fitted = _fitted(magnitude.amax(1, keepdim=True)[: x.shape[0]], format, power_of_two)
-            codes, row_factor = _codes(x, fitted[0], format), fitted[1]
-            _write(codes, by_row, None)
-            _count(x, fitted[0], codes, format, counters)
-    return Operand8(by_row, by_col, row_factor, col_factor)
+    by = _twin(x) if rows or cols else in_torch
+    factors = by.cast_rowwise_(x, by_row, by_col, format, counters, power_of_two)
+    return Operand8(by_row, by_col, *factors)
 
 
 def has_kernel(device: torch.device) -> bool:
@@ -219,19 +170,13 @@ def has_kernel(device: torch.device) -> bool:
     return has_units(device) and has_triton()
 
 
-def _by_kernel(x: Tensor) -> bool:
-    return x.is_cuda and x.numel() != 0 and has_kernel(x.device)
+def _twin(x: Tensor) -> ModuleType:
+    """`cast_kernels` where they run, and have something to do; else `in_torch`."""
+    if x.is_cuda and x.numel() and has_kernel(x.device):
+        from mixprec.float8.casts import cast_kernels  # imports Triton
 
-
-def largest_that_fits(format: Format) -> float:
-    """The largest FP32 value that rounds to `format.max`, halfway to the next or just below it.
-
-    Halfway ties to an even mantissa, which that of E4M3's 448 is (110) and of E5M2's 57344 is not.
-
-    >>> largest_that_fits(E4M3), largest_that_fits(E5M2)
-    (464.0, 61439.99609375)
-    """
-    return 464.0 if format == E4M3 else 61440.0 - 2.0**-8
+        return cast_kernels
+    return in_torch
 
 
 def _checked(function: str, x: Tensor, format: Format) -> Tensor:
@@ -253,52 +198,3 @@ def _empty(
     by_row = x.new_empty(num_rows, num_cols, dtype=format.dtype) if rows else None
     by_col = x.new_empty(num_cols, padded(num_rows), dtype=format.dtype) if cols else None
     return by_row, by_col
-
-
-# ---------------------------------------- in plain torch
-
-
-def _codes(x: Tensor, multiplier: Tensor, format: Format) -> Tensor:
-    """The bytes of `x`, as uint8."""
-    scaled = (x.float() * multiplier).clamp_(-format.max, format.max)
-    return scaled.to(format.dtype).view(torch.uint8).masked_fill_(~x.isfinite(), _NAN_BYTE)
-
-
-def _write(codes: Tensor, by_row: Tensor | None, by_col: Tensor | None) -> None:
-    if by_row is not None:
-        by_row.view(torch.uint8).copy_(codes)
-    if by_col is not None:
-        target, num_rows = by_col.view(torch.uint8), codes.shape[0]
-        target[:, :num_rows].copy_(codes.t())
-        target[:, num_rows:].zero_()
-
-
-def _finite_magnitude(x: Tensor) -> Tensor:
-    """`|x|` in FP32, with 0 for inf and NaN; a zero where there is nothing to be the maximum."""
-    if not x.numel():
-        return x.new_zeros(max(x.shape[0], 1), max(x.shape[1], 1), dtype=torch.float32)
-    return x.float().abs().masked_fill_(~x.isfinite(), 0.0)
-
-
-def _fitted(amax: Tensor, format: Format, power_of_two: bool) -> tuple[Tensor, Tensor]:
-    """Multipliers that bring `amax` to the format's largest value, and their inverses."""
-    multiplier = (format.max / amax.double().clamp(min=SMALLEST_AMAX)).float()
-    if power_of_two:  # drop the mantissa; no multiplier is as small as a subnormal
-        multiplier = (multiplier.view(torch.int32) & -0x800000).view(torch.float32)
-    return multiplier, multiplier.reciprocal()
-
-
-def _count(
-    x: Tensor, multiplier: Tensor, codes: Tensor, format: Format, counters: Tensor | None
-) -> None:
-    if counters is None or not x.numel():
-        return
-    lost, wide = codes == _NAN_BYTE, x.float()
-    too_large = ((wide * multiplier).abs() > largest_that_fits(format)) & ~lost
-    flushed = (x != 0) & (codes & 0x7F == 0)
-    amax = wide.view(torch.int32).bitwise_and(0x7FFFFFFF).amax()
-    amax = torch.where(amax > _INF, _NAN, amax)
-    counters[AMAX_BITS] = torch.maximum(counters[AMAX_BITS], amax)
-    sums = torch.stack([too_large.sum(), flushed.sum(), lost.sum()])
-    counters[SATURATED : NON_FINITE + 1] += sums
-    counters[SEEN] += x.numel()
