@@ -262,6 +262,7 @@ class MixedPrecision(SteppingOptimizer):
             self._undo = leaving = Leaving(self, held, wide)
             leaving.restore_data()
             self._settle_undo()
+        self._tell_infinite()
 
     @torch.no_grad()
     def fp32_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -285,7 +286,8 @@ class MixedPrecision(SteppingOptimizer):
         """Load FP32 weights: masters keep every bit, 16-bit parameters get their rounding.
 
         Raises:
-            ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
+            ValueError: for missing, unexpected or misshapen entries, and for numbers that would be
+                infinite in a 16-bit parameter; nothing is changed then.
         """
         self._settle()
         self._check_master_shapes(self._params())
@@ -672,9 +674,12 @@ class MixedPrecision(SteppingOptimizer):
                     checkpoint.refill_adagrad(self.inner, group, self.state[param])
 
     def _ready(self, *, with_loss: bool = False) -> None:
+        is_new = self._fresh_masters or not self._checked
         super()._ready(with_loss=with_loss)
         if self._wide:
             self._conclude_wide()
+        if is_new:
+            self._tell_infinite()
 
     def _conclude_wide(self) -> None:
         """Weights are loaded by now: masters become FP32 parameters, or are dropped, aloud."""

@@ -5,6 +5,7 @@ host hears of a step when the next one begins (`_hear`):
 
     skipped                 the flag that a fused step sends along anyway, else the counts
     which tensors           norms of parts, which lie on the device until the next verdict
+    an infinite weight      looked for after a skip and now and then, sent
     zeros, windows without  the counts, sent after the first steps and every sixteenth one
     tokens, a bad factor
     one skip before an error    waited for, so that the error comes at that step
@@ -22,6 +23,7 @@ from mixprec.culprits import Culprits
 from mixprec.fused.step import FusedStep
 from mixprec.grad_factor import complaint
 from mixprec.gradients import nonfinite_names, once
+from mixprec.infinite_weights import Look
 from mixprec.names import names_of
 from mixprec.remarks import EMPTY_IN_A_ROW, no_gradient, no_tokens, only_zeros
 from mixprec.said import Said
@@ -35,6 +37,9 @@ MAX_SKIPS_IN_A_ROW = 50
 
 LOOK_EVERY = 16
 """Steps of a device after which the host has its counts sent: 10 microseconds, a copy."""
+
+LOOK_AT_WEIGHTS_EVERY = 256
+"""Steps after which weights are looked at for an infinite one: 2 bytes a parameter, of 28."""
 
 
 class LossScaler(Protocol):
@@ -72,6 +77,8 @@ class ReportingOptimizer(Optimizer):
         """The same of a step that was skipped, perhaps for them."""
         self._skips = StepCounts()
         self._culprits = Culprits()
+        self._look = Look()
+        self._steps_until_look = LOOK_AT_WEIGHTS_EVERY
         self._judged_on_device = 0
         self._zeros_excused = 0
         """Steps of a device that only made state, with gradients of 0 perhaps."""
@@ -97,6 +104,7 @@ class ReportingOptimizer(Optimizer):
     def _report(self, verdict: Verdict) -> None:
         """Tell what has become of a step that is over: warnings may be errors."""
         self._warn_of_edits()
+        self._look_now_and_then()
         if verdict.found_inf is None:
             self._remark(verdict)
         else:
@@ -108,6 +116,7 @@ class ReportingOptimizer(Optimizer):
     def _count_replay(self) -> None:
         """Count the replay of a captured step that is about to be, where its graph does not."""
         verdict = self._verdict = self._captured
+        self._look_now_and_then()
         if verdict is None or verdict.found_inf is None:
             self._skips.add(False)  # nobody looks at it
         else:
@@ -124,6 +133,13 @@ class ReportingOptimizer(Optimizer):
         if late and not self._is_driven and bool(verdict.overflowed):
             self._is_told = True
             self._report_skip(verdict)
+
+    def _look_now_and_then(self) -> None:
+        """Gradients may be finite where a weight is not, those of an L1 loss for example."""
+        self._steps_until_look -= 1
+        if self._steps_until_look <= 0 and not self._said.knows("infinite"):
+            self._steps_until_look = LOOK_AT_WEIGHTS_EVERY
+            self._look.send(self._params())
 
     def _send_counts(self) -> None:
         self._judged_on_device += 1
@@ -155,6 +171,8 @@ class ReportingOptimizer(Optimizer):
     def _hear(self) -> None:
         """Listen to what the device has found in earlier steps; it has long been there."""
         self._fused.settle()
+        if self._look.found():
+            self._tell_infinite()
         skipped, self._fused.skipped = self._fused.skipped, False
         self._heard_in_a_row = self._fused.skips_in_a_row
         letter = self._skips.letter()
@@ -176,7 +194,10 @@ class ReportingOptimizer(Optimizer):
         if news or self._heard_in_a_row >= self._most_skips:
             if verdict is not None and bool(verdict.overflowed):  # else a window of padding
                 self._report_skip(verdict, late=True)
-        elif not self._said.knows("factor"):
+            return
+        if not self._said.knows("infinite"):
+            self._look.send(self._params())
+        if not self._said.knows("factor"):
             # Not worth a wait: most skips are a loss scaler's. The counts will tell.
             self._blamed = self._factors
             self._skips.send()
@@ -185,6 +206,14 @@ class ReportingOptimizer(Optimizer):
 
     def _warn_of_edits(self) -> None:
         raise NotImplementedError
+
+    def _infinite_weight(self) -> str:
+        """Which 16-bit weight is infinite, as a sentence; empty if none is. Waits."""
+        raise NotImplementedError
+
+    def _tell_infinite(self) -> None:
+        if not self._said.knows("infinite") and (found := self._infinite_weight()):
+            self._warn("infinite", found)
 
     def _remark(self, verdict: Verdict) -> None:
         """Say once what is odd about a step that the host knows all of."""
@@ -212,6 +241,15 @@ class ReportingOptimizer(Optimizer):
 
     def _report_skip(self, verdict: Verdict, *, late: bool = False) -> None:
         """Raise or warn, as `on_nonfinite` and the skips in a row say, and name what it was."""
+        try:
+            self._report_cause(verdict, late=late)
+        except FloatingPointError as error:
+            if weight := self._infinite_weight():
+                raise FloatingPointError(f"{weight} So {error}") from None
+            raise
+        self._tell_infinite()
+
+    def _report_cause(self, verdict: Verdict, *, late: bool) -> None:
         factor = None if verdict.usable else complaint(*self._factors)
         if self.on_nonfinite != "raise" and self.loss_scaler is not None and factor is None:
             self.loss_scaler.check_progress(() if late else self._named_grads())

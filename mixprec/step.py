@@ -36,6 +36,7 @@ from mixprec.fused.plan import Prepared
 from mixprec.fused.step import FusedStep
 from mixprec.grad_factor import complaint, on
 from mixprec.gradients import local, nonfinite_names, once, scale_
+from mixprec.infinite_weights import infinite_weight
 from mixprec.inner import (
     Bucket,
     GroupValues,
@@ -624,6 +625,12 @@ class SteppingOptimizer(ReportingOptimizer):
 
     def _name(self, param: Tensor) -> str:
         return next(name for other, name in names_of(self.param_groups) if other is param)
+
+    def _infinite_weight(self) -> str:
+        """Of those that are stepped; a frozen mask may well hold -inf."""
+        named = names_of(self.param_groups)
+        stepped = [(p, n) for p, n in named if p.requires_grad or self._store.known(self.state, p)]
+        return infinite_weight(stepped, lambda param: self._store.master(self.state, param))
 
     def _warn_of_edits(self) -> None:
         """Tell of weights that somebody else has written, before anything is updated."""
