@@ -22,7 +22,6 @@ from mixprec.admission import Admission, admit
 from mixprec.arguments import check_options, check_parameters
 from mixprec.caller_modes import run_in_plain_modes
 from mixprec.explain import explain
-from mixprec.fused.admission import admit_fused
 from mixprec.fused.groups import Fused
 from mixprec.fused.judge import DeviceJudge
 from mixprec.fused.step import FusedStep
@@ -600,7 +599,7 @@ class MixedPrecision(SteppingOptimizer):
         if self.loss_scaler is not None:
             details.append(f"loss scaled by {type(self.loss_scaler).__name__}")
         if formula:
-            details += _formulas(self.inner)
+            details += self._formulas()
         if source:
             details += self._sources(whole)
         return explain(
@@ -633,6 +632,17 @@ class MixedPrecision(SteppingOptimizer):
                 return "frozen"
         storage = self._store.storage(param)
         return "full" if whole and storage == "split" else storage
+
+    def _formulas(self) -> Iterator[str]:
+        """What each group's rule computes by element, in a step after its first ones."""
+        for index, group in enumerate(self.param_groups):
+            if group["params"]:
+                found = self._fused.recorded(index)
+                if found.fusible:
+                    lines = str(found.programs[-1]).splitlines()
+                    yield "\n    ".join([f"param_groups[{index}] computes", *lines])
+                else:
+                    yield f"param_groups[{index}] has no formula: {found.reason}"
 
     def _sources(self, whole: bool) -> Iterator[str]:
         if whole:
@@ -719,18 +729,6 @@ class MixedPrecision(SteppingOptimizer):
                 f"{call} inside masters_in_model(): the model holds FP32 masters there, which "
                 f"{why}. Leave the context first."
             )
-
-
-def _formulas(inner: Optimizer) -> Iterator[str]:
-    """What each group's rule computes by element, in a step after its first ones."""
-    for index, group in enumerate(inner.param_groups):
-        if group["params"]:
-            found = admit_fused(inner, index)
-            if found.fusible:
-                lines = str(found.programs[-1]).splitlines()
-                yield "\n    ".join([f"param_groups[{index}] computes", *lines])
-            else:
-                yield f"param_groups[{index}] has no formula: {found.reason}"
 
 
 def _is_picklable(name: str) -> bool:

@@ -13,8 +13,8 @@ and takes the counting back (`settle`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec import state_formats
-from mixprec.fused.admission import FusedAdmission
+from mixprec.fused.admission import FusedAdmission, admit_fused
 from mixprec.fused.cohorts import (
     Cohort,
     Entry,
@@ -236,15 +236,26 @@ class FusedStep(FusedGroups):
                 _place_step(entry, param, group_of.get(param, {}))
 
     def considered(self, index: int) -> FusedAdmission | None:
-        held = [p for p in self._inner.param_groups[index]["params"] if p in self._held]
-        if index in self._admissions or not held:
+        if index in self._admissions:
+            return self._admissions[index]
+        with self._decoded_states(index):
             return super().considered(index)
+
+    def recorded(self, index: int) -> FusedAdmission:
+        """What a group's rule is as programs, whatever runs it; nothing is kept."""
+        with self._decoded_states(index):
+            return admit_fused(self._inner, index)
+
+    @contextmanager
+    def _decoded_states(self, index: int) -> Generator[None]:
+        """Show a trial the states of a group as the rule itself would keep them."""
         state = cast(dict[Any, Any], self._inner.state)
+        held = [p for p in self._inner.param_groups[index]["params"] if p in self._held]
         shown_to_a_trial = defaultdict[Any, Any](dict, state)
         shown_to_a_trial.update((p, self.decoded(state[p], p)) for p in held if p in state)
         self._inner.state = shown_to_a_trial
         try:
-            return super().considered(index)
+            yield
         finally:
             self._inner.state = cast(Any, state)
 
