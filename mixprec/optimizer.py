@@ -79,8 +79,9 @@ class MixedPrecision(SteppingOptimizer):
     Raises:
         TypeError: if `inner` is no optimizer or a wrapper already; for integer, complex and 8-bit
             parameters; at the first step for a rule that does not read its parameters from groups.
-        ValueError: for masters="split" on FP16 or with nothing to split, for parameters that
-            overlap in memory, and for other arguments out of range.
+        ValueError: for masters="split" on FP16 or with nothing to split, for `state_formats` with
+            no 16-bit parameter and no fused=True, for parameters that overlap in memory, and for
+            other arguments out of range.
 
     Numerics:
         Masters are bit-identical to the bare rule on FP32 parameters given the same gradients; of a
@@ -119,7 +120,7 @@ class MixedPrecision(SteppingOptimizer):
         check_options(
             masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel, fused, state_formats
         )
-        check_parameters(inner.param_groups, masters, fused)
+        check_parameters(inner.param_groups, masters, fused, state_formats)
         store = MasterStore(masters)
         super().__init__(
             inner,
@@ -331,7 +332,9 @@ class MixedPrecision(SteppingOptimizer):
         known = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
-            check_parameters(self.param_groups, self._store.choice, self._fused.fused)
+            check_parameters(
+                self.param_groups, self._store.choice, self._fused.fused, self._fused.formats
+            )
         except BaseException:
             del self.param_groups[known:]
             raise
@@ -615,9 +618,10 @@ class MixedPrecision(SteppingOptimizer):
 
     def _considered(self) -> tuple[Admission | None, str]:
         """How the rule would run, and why a step would refuse, if it would."""
-        admission = self._admission
+        low = any(map(self._store.has, self._params()))
+        admission = self._admission if low else None
         try:
-            if admission is None and any(map(self._store.has, self._params())):
+            if admission is None and low:
                 admission = admit(self.inner)
             if admission is not None and not admission.per_parameter:
                 self._check_whole(admission)

@@ -227,12 +227,23 @@ class SteppingOptimizer(ReportingOptimizer):
         if not self._checked:
             check_weights(self.param_groups)
             self._checked = True
-        if with_loss not in self._admissions and any(map(self._store.has, self._params())):
+        if with_loss not in self._admissions and self._is_tried(with_loss=with_loss):
             self._admissions[with_loss] = admit(self.inner, with_loss=with_loss)
         self._admission = self._admissions.get(with_loss)
         if self._admission is not None and not self._admission.per_parameter:
             self._check_whole(self._admission)
             self._store.whole = True
+
+    def _is_tried(self, *, with_loss: bool) -> bool:
+        """Whether it matters how the rule steps stand-ins, or if it calls its closure itself.
+
+        A bare rule may do as it likes with a closure; one that has to be fused may not.
+        """
+        if any(map(self._store.has, self._params())):
+            return True
+        if not with_loss or self._fused.fused is not True:
+            return False
+        return any([self._fused.admission(i) for i in range(len(self.param_groups))])
 
     def _check_whole(self, admission: Admission) -> None:
         if self._store.choice == "split":
