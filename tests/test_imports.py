@@ -27,6 +27,7 @@ LAYERS = (
     "optimizer.judging.scaled_grads",
     "optimizer.checks optimizer.fused.recording",
     "optimizer.fused",
+    "optimizer.reports.infinite_weights",
     "optimizer.undo optimizer.reports.outcome",
     "optimizer.checkpoint optimizer.judging.judge optimizer.master_run",
     "optimizer.buckets optimizer.recovery",

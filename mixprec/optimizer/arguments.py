@@ -95,13 +95,13 @@ def check_options(
         )
 
 
-def check_parameters(groups: Groups, masters: str, fused: object) -> None:
+def check_parameters(groups: Groups, masters: str, fused: object, state_formats: Any) -> None:
     """Refuse what cannot be stepped on masters.
 
     Raises:
         TypeError: for dtypes other than FP32, FP64, BF16 and FP16, and for DTensors.
         ValueError: for parameters of lazy modules that are not made yet, for overlapping memory,
-            and where masters="split" cannot be had.
+            and where masters="split" or `state_formats` has nothing to act on.
     """
     _check_made(groups)
     named = _once(list(names_of(groups)), fused)
@@ -129,6 +129,16 @@ def check_parameters(groups: Groups, masters: str, fused: object) -> None:
             "masters='split' but no parameter is bfloat16: float32 parameters are their own "
             "masters and have nothing to split. Use masters='auto', or cast the model to "
             "bfloat16 first."
+        )
+    if (
+        state_formats is not None
+        and fused is not True
+        and not any(p.dtype in LOW for p, _ in named)
+    ):
+        raise ValueError(
+            f"state_formats={state_formats!r} but no parameter is bfloat16 or float16: the rule "
+            f"itself steps others, and its states stay as it makes them. Pass fused=True as well, "
+            f"which fuses FP32 parameters, or drop state_formats."
         )
     _check_memory(named)
 

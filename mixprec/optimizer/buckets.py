@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mixprec.optimizer.checks import ParamChecks
+from mixprec.optimizer.fused.step import FusedStep
 from mixprec.optimizer.judging.scaled_grads import ScaledGrads
 from mixprec.optimizer.master_run import MasterRun
 from mixprec.optimizer.masters import Scratch
@@ -32,6 +33,7 @@ class RuleCalls:
 
     Args:
         setup: the rule and its parameters.
+        fused: which of its groups run as programs.
         bucket_numel: see `MixedPrecision`.
         check: what may have changed about parameters, refused before each run.
         scaled: the FP32 gradients that a run has multiplied.
@@ -40,11 +42,12 @@ class RuleCalls:
     def __init__(
         self,
         setup: Setup,
+        fused: FusedStep,
         bucket_numel: int | Literal["auto"] | None,
         check: ParamChecks,
         scaled: ScaledGrads,
     ) -> None:
-        self._setup, self._check, self._scaled = setup, check, scaled
+        self._setup, self._fused, self._check, self._scaled = setup, fused, check, scaled
         self._bucket_numel: int | Literal["auto"] | None = bucket_numel
         self._admissions: dict[bool, Admission] = {}
         self.admission: Admission | None = None
@@ -54,22 +57,37 @@ class RuleCalls:
 
     def admit(self, *, with_loss: bool) -> None:
         """Try the rule, once with a loss and once without."""
-        if with_loss not in self._admissions and self._setup.has_low():
+        if with_loss not in self._admissions and self._is_tried(with_loss=with_loss):
             self._admissions[with_loss] = admit(self._setup.inner, with_loss=with_loss)
         self.admission = self._admissions.get(with_loss)
         if self.admission is not None and not self.admission.per_parameter:
             self.check_whole(self.admission)
             self._setup.store.whole = True
 
+    def _is_tried(self, *, with_loss: bool) -> bool:
+        """Whether it matters how the rule steps stand-ins, or if it calls its closure itself.
+
+        A bare rule may do as it likes with a closure; one that has to be fused may not.
+        """
+        if self._setup.has_low():
+            return True
+        if not with_loss or self._fused.groups.fused is not True:
+            return False
+        return any([self._fused.groups.admission(i) for i in range(len(self._setup.groups))])
+
     def try_again(self) -> None:
         """Groups have changed."""
         self._admissions.clear()
 
     def considered(self) -> Admission | None:
-        """What `admit` has found, or would find now; nothing is kept."""
+        """What `admit` has found of masters, or would find now; nothing is kept."""
         if self.admission is None and self._setup.has_low():
             return admit(self._setup.inner)
-        return self.admission
+        return self.known()
+
+    def known(self) -> Admission | None:
+        """What `admit` has found of masters, if there are any."""
+        return self.admission if self._setup.has_low() else None
 
     def check_whole(self, admission: Admission) -> None:
         """Refuse split masters for a rule that has to see all of them."""

@@ -93,8 +93,9 @@ class MixedPrecision(Optimizer):
     Raises:
         TypeError: if `inner` is no optimizer or a wrapper already; for integer, complex and 8-bit
             parameters; at the first step for a rule that does not read its parameters from groups.
-        ValueError: for masters="split" on FP16 or with nothing to split, for parameters that
-            overlap in memory, and for other arguments out of range.
+        ValueError: for masters="split" on FP16 or with nothing to split, for `state_formats` with
+            no 16-bit parameter and no fused=True, for parameters that overlap in memory, and for
+            other arguments out of range.
 
     Numerics:
         Masters are bit-identical to the bare rule on FP32 parameters given the same gradients; of a
@@ -133,7 +134,7 @@ class MixedPrecision(Optimizer):
         check_options(
             masters, loss_scaler, max_grad_norm, on_nonfinite, bucket_numel, fused, state_formats
         )
-        check_parameters(inner.param_groups, masters, fused)
+        check_parameters(inner.param_groups, masters, fused, state_formats)
         super().__init__([{"params": []}], {})  # the groups will be the inner optimizer's own
         self.inner = inner
         for name in _HOOKS:
@@ -144,7 +145,8 @@ class MixedPrecision(Optimizer):
         setup = Setup(inner, store, loss_scaler, max_grad_norm, on_nonfinite)
         step = FusedStep(inner, store, fused, state_formats)
         scaled, check, outcome = ScaledGrads(), ParamChecks(setup), Outcome(setup, step)
-        calls, judge = RuleCalls(setup, bucket_numel, check, scaled), Judge(setup, outcome)
+        calls = RuleCalls(setup, step, bucket_numel, check, scaled)
+        judge = Judge(setup, outcome)
         loaded = LoadedMasters(setup, outcome)
         parts = [setup, check, calls, outcome, loaded]
         recovery = Recovery(setup, step, outcome, scaled, parts, check)
@@ -230,10 +232,13 @@ class MixedPrecision(Optimizer):
                 f"wrap separate parameters."
             )
         self._setup.refuse_in_model("step()", "a step would round to FP32")
+        is_new = self._loaded.fresh or not self._check.checked
         self._outcome.hear()
         self._check.first_look()
         self._calls.admit(with_loss=with_loss)
         self._loaded.conclude()
+        if is_new:
+            self._outcome.tell_infinite()
 
     @torch.no_grad()
     def prepare_replay(self) -> None:
@@ -311,6 +316,7 @@ class MixedPrecision(Optimizer):
             yield
         finally:
             self._recovery.leave(Leaving(self._setup, held, wide))
+        self._outcome.tell_infinite()
 
     @torch.no_grad()
     def fp32_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
@@ -333,7 +339,8 @@ class MixedPrecision(Optimizer):
         """Load FP32 weights: masters keep every bit, 16-bit parameters get their rounding.
 
         Raises:
-            ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
+            ValueError: for missing, unexpected or misshapen entries, and for numbers that would be
+                infinite in a 16-bit parameter; nothing is changed then.
         """
         self._begin()
         self._check.shapes(self._setup.params())
@@ -378,7 +385,8 @@ class MixedPrecision(Optimizer):
         known = len(self.param_groups)
         self.inner.add_param_group(param_group)
         try:
-            check_parameters(self.param_groups, self._store.choice, self._fused.groups.fused)
+            groups = self._fused.groups
+            check_parameters(self.param_groups, self._store.choice, groups.fused, groups.formats)
         except BaseException:
             del self.param_groups[known:]
             raise

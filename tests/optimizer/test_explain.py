@@ -161,3 +161,15 @@ def test_frozen_parameters_have_no_masters_until_they_step() -> None:
     step(params, optimizer)
     params[0].requires_grad_(False)
     assert "2 bfloat16 tensors, 69 parameters: split masters" in optimizer.explain()
+
+
+@pytest.mark.parametrize("formats", ["8bit", "bf16"])
+def test_a_formula_is_of_the_rule_however_its_states_are_stored(formats: Any) -> None:
+    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    optimizer = mixprec.MixedPrecision(AdamW([weight]), state_formats=formats)
+    before = optimizer.explain(formula=True).partition("computes")[2]
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = frozen(dict(optimizer.state[weight]))
+    assert optimizer.explain(formula=True).partition("computes")[2] == before != ""
+    assert difference(frozen(dict(optimizer.state[weight])), kept) == ""

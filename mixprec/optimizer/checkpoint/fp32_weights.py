@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mixprec.optimizer.masters import LOW
+from mixprec.optimizer.reports.infinite_weights import check_range
 
 
 def fp32_state_dict(
@@ -36,11 +37,13 @@ def load_fp32_state_dict(
     """Write `state_dict` into the model; `set_master(param, value)` takes what has a master.
 
     Raises:
-        ValueError: for missing, unexpected or misshapen entries; nothing is changed then.
+        ValueError: for missing, unexpected or misshapen entries and for numbers beyond the range of
+            their 16-bit tensors; nothing is changed then.
     """
     targets: dict[str, Any] = model.state_dict(keep_vars=True)
     given = _with_tied_names(targets, state_dict)
     _check_entries(targets, given)
+    check_range(targets.items(), given.__getitem__)
     for name, target in targets.items():
         if isinstance(target, Tensor):
             value = given[name].to(target.device)

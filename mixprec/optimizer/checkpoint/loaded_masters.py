@@ -18,11 +18,11 @@ class LoadedMasters:
         self._setup, self._outcome = setup, outcome
         self.wide: list[tuple[Tensor, Tensor]] = []
         """Masters of parameters that are not in 16 bits here."""
-        self._fresh = False
+        self.fresh = False
         """Whether masters were loaded since the last step."""
 
     def take(self, loaded: Loaded) -> None:
-        self.wide, self._fresh = loaded.wide, loaded.has_masters
+        self.wide, self.fresh = loaded.wide, loaded.has_masters
 
     def become_params(self) -> None:
         """FP32 parameters that are nothing but the roundings of their masters become these."""
@@ -49,7 +49,7 @@ class LoadedMasters:
 
     def warn_of_edits(self) -> None:
         """Tell of weights that are not their masters, rounded: read in a wrong pair, or written."""
-        fresh, self._fresh = self._fresh, False
+        fresh, self.fresh = self.fresh, False
         edited = self._setup.store.edited
         names = [self._setup.name(param) for param in edited]
         if not names:

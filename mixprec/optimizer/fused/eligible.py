@@ -98,10 +98,16 @@ class FusedGroups:
     def admission(self, index: int) -> FusedAdmission | None:
         """Whether a group's rule runs as programs; None if none of its parameters asks for it."""
         if index not in self._admissions:
-            if not any(map(self._takes, self._inner.param_groups[index]["params"])):
+            if not self._asks(index):
                 return None
             self._admit(index)
         return self._admissions[index]
+
+    def _asks(self, index: int) -> bool:
+        """Whether a parameter of a group wants to be fused. One in FP64 that has to be cannot."""
+        params: list[Tensor] = self._inner.param_groups[index]["params"]
+        has_to = self.fused is True
+        return any(self._takes(p) or (has_to and p.dtype == torch.float64) for p in params)
 
     def _admit(self, index: int) -> FusedAdmission:
         self._held.release(
@@ -114,11 +120,15 @@ class FusedGroups:
         """What `admission` would find now, for whoever asks without a step: nothing is kept."""
         if index in self._admissions:
             return self._admissions[index]
-        params = self._inner.param_groups[index]["params"]
-        if not any(map(self._takes, params)):
+        if not self._asks(index):
             return None
-        with self._held.shown_plainly(params):
+        with self._held.shown_plainly(self._inner.param_groups[index]["params"]):
             return self._try(index)
+
+    def recorded(self, index: int) -> FusedAdmission:
+        """What a group's rule is as programs, whatever runs it; nothing is kept."""
+        with self._held.shown_plainly(self._inner.param_groups[index]["params"]):
+            return admit_fused(self._inner, index)
 
     def _try(self, index: int) -> FusedAdmission:
         found = admit_fused(self._inner, index, self.formats, self.kinds)
@@ -229,7 +239,9 @@ class FusedGroups:
             try:
                 for _ in range(3):
                     state = probe.step(state).state
-            except NotFusible:
+            except NotFusible as error:
+                if self.fused is True or self.formats is not None:
+                    self._refuse(str(error))
                 self._uses_loss.add(index)
         return index not in self._uses_loss
 

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from mixprec.optimizer.buckets import RuleCalls
-from mixprec.optimizer.fused.self_check import admit_fused
 from mixprec.optimizer.fused.step import FusedStep
 from mixprec.optimizer.masters import Storage
 from mixprec.optimizer.rule.admission import Admission
@@ -51,13 +49,13 @@ class Explanation:
         for index, group in enumerate(setup.groups):
             lines += self._group(index, group["params"])
         details = [*self._settings()]
-        details += _formulas(setup.inner) if formula else ()
+        details += self._formulas() if formula else ()
         details += self._sources() if source else ()
         return "\n".join([*lines, *(f"  {detail}" for detail in details)])
 
     def _considered(self) -> tuple[Admission | None, str]:
         """How the rule would run, and why a step would refuse, if it would."""
-        admission = self._calls.admission
+        admission = self._calls.known()
         try:
             admission = self._calls.considered()
             if admission is not None and not admission.per_parameter:
@@ -101,6 +99,17 @@ class Explanation:
         storage = store.storage(param)
         return "full" if self._whole and storage == "split" else storage
 
+    def _formulas(self) -> Iterator[str]:
+        """What each group's rule computes by element, in a step after its first ones."""
+        for index, group in enumerate(self._setup.groups):
+            if group["params"]:
+                found = self._fused.groups.recorded(index)
+                if found.fusible:
+                    lines = str(found.programs[-1]).splitlines()
+                    yield "\n    ".join([f"param_groups[{index}] computes", *lines])
+                else:
+                    yield f"param_groups[{index}] has no formula: {found.reason}"
+
     def _sources(self) -> Iterator[str]:
         if self._whole:
             return
@@ -129,18 +138,6 @@ class Explanation:
         if not found.fusible:
             return f"not fused ({below}): {found.reason}"
         return f"fused (tier 1, {self._fused.groups.means(index)}): {found.reason}"
-
-
-def _formulas(inner: Optimizer) -> Iterator[str]:
-    """What each group's rule computes by element, in a step after its first ones."""
-    for index, group in enumerate(inner.param_groups):
-        if group["params"]:
-            found = admit_fused(inner, index)
-            if found.fusible:
-                lines = str(found.programs[-1]).splitlines()
-                yield "\n    ".join([f"param_groups[{index}] computes", *lines])
-            else:
-                yield f"param_groups[{index}] has no formula: {found.reason}"
 
 
 def _manner(admission: Admission | None, bucket_numel: int | None) -> str:

@@ -5,6 +5,7 @@ host hears of a step when the next one begins (`hear`):
 
     skipped                 the flag that a fused step sends along anyway, else the counts
     which tensors           norms of parts, which lie on the device until the next verdict
+    an infinite weight      looked for after a skip and now and then, sent
     zeros, windows without  the counts, sent after the first steps and every sixteenth one
     tokens, a bad factor
     one skip before an error    waited for, so that the error comes at that step
@@ -19,9 +20,11 @@ from mixprec.optimizer.fused.step import FusedStep
 from mixprec.optimizer.judging.grad_factor import complaint
 from mixprec.optimizer.judging.verdict import Verdict
 from mixprec.optimizer.reports.culprits import Culprits
+from mixprec.optimizer.reports.infinite_weights import Look, infinite_weight
 from mixprec.optimizer.reports.remarks import EMPTY_IN_A_ROW, no_gradient, no_tokens, only_zeros
 from mixprec.optimizer.reports.step_counts import Letter, StepCounts
 from mixprec.optimizer.setup import Setup
+from mixprec.parameters import names_of
 from mixprec.user_warnings import Said
 
 MAX_SKIPS_IN_A_ROW = 50
@@ -29,6 +32,9 @@ MAX_SKIPS_IN_A_ROW = 50
 
 LOOK_EVERY = 16
 """Steps of a device after which the host has its counts sent: 10 microseconds, a copy."""
+
+LOOK_AT_WEIGHTS_EVERY = 256
+"""Steps after which weights are looked at for an infinite one: 2 bytes a parameter, of 28."""
 
 
 class Outcome:
@@ -53,6 +59,8 @@ class Outcome:
         """The same of a step that was skipped, perhaps for them."""
         self.counts = StepCounts()
         self.culprits = Culprits()
+        self._look = Look()
+        self._steps_until_look = LOOK_AT_WEIGHTS_EVERY
         self._judged_on_device = 0
         self._zeros_excused = 0
         """Steps of a device that only made state, with gradients of 0 perhaps."""
@@ -88,6 +96,7 @@ class Outcome:
 
     def report(self, verdict: Verdict) -> None:
         """Tell what has become of a step that is over: warnings may be errors."""
+        self._look_now_and_then()
         if verdict.found_inf is None:
             self._remark(verdict)
         else:
@@ -99,6 +108,7 @@ class Outcome:
     def count_replay(self) -> None:
         """Count the replay of a captured step that is about to be, where its graph does not."""
         verdict = self.verdict = self.captured
+        self._look_now_and_then()
         if verdict is None or verdict.found_inf is None:
             self.counts.add(False)  # nobody looks at it
         else:
@@ -115,6 +125,13 @@ class Outcome:
         if late and not self._setup.driver.is_there and bool(verdict.overflowed):
             self._is_told = True
             self._report_skip(verdict)
+
+    def _look_now_and_then(self) -> None:
+        """Gradients may be finite where a weight is not, those of an L1 loss for example."""
+        self._steps_until_look -= 1
+        if self._steps_until_look <= 0 and not self.said.knows("infinite"):
+            self._steps_until_look = LOOK_AT_WEIGHTS_EVERY
+            self._look.send(self._setup.params())
 
     def _send_counts(self) -> None:
         self._judged_on_device += 1
@@ -137,6 +154,8 @@ class Outcome:
     def hear(self) -> None:
         """Listen to what the device has found in earlier steps; it has long been there."""
         self._fused.settle()
+        if self._look.found():
+            self.tell_infinite()
         skipped, self._fused.skipped = self._fused.skipped, False
         self._heard_in_a_row = self._fused.skips_in_a_row
         letter = self.counts.letter()
@@ -158,12 +177,27 @@ class Outcome:
         if news or self._heard_in_a_row >= self._most_skips:
             if verdict is not None and bool(verdict.overflowed):  # else a window of padding
                 self._report_skip(verdict, late=True)
-        elif not self.said.knows("factor"):
+            return
+        if not self.said.knows("infinite"):
+            self._look.send(self._setup.params())
+        if not self.said.knows("factor"):
             # Not worth a wait: most skips are a loss scaler's. The counts will tell.
             self._blamed = self.factors
             self.counts.send()
 
     # ---------------------------------------- saying it
+
+    def _infinite_weight(self) -> str:
+        """Which of the weights that are stepped is infinite; a frozen mask may well hold -inf."""
+        store, state = self._setup.store, self._setup.state
+        named = names_of(self._setup.groups)
+        stepped = [(p, n) for p, n in named if p.requires_grad or store.known(state, p)]
+        return infinite_weight(stepped, lambda param: store.master(state, param))
+
+    def tell_infinite(self) -> None:
+        """Look at the weights, which waits for the device, and name an infinite one once."""
+        if not self.said.knows("infinite") and (found := self._infinite_weight()):
+            self.warn("infinite", found)
 
     def _remark(self, verdict: Verdict) -> None:
         """Say once what is odd about a step that the host knows all of."""
@@ -191,6 +225,15 @@ class Outcome:
 
     def _report_skip(self, verdict: Verdict, *, late: bool = False) -> None:
         """Raise or warn, as `on_nonfinite` and the skips in a row say, and name what it was."""
+        try:
+            self._report_cause(verdict, late=late)
+        except FloatingPointError as error:
+            if weight := self._infinite_weight():
+                raise FloatingPointError(f"{weight} So {error}") from None
+            raise
+        self.tell_infinite()
+
+    def _report_cause(self, verdict: Verdict, *, late: bool) -> None:
         factor = None if verdict.usable else complaint(*self.factors)
         if (
             self._setup.on_nonfinite != "raise"

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_rules import Rule, params
 from torch import Tensor, nn
+from torch.optim import LBFGS, AdamW
 
 import mixprec
 from mixprec.optimizer.fused.self_check import admit_fused
@@ -667,6 +668,94 @@ def test_a_rule_that_begins_to_use_the_loss_is_left_alone() -> None:
         optimizer.step(closure)
         for (_, master), begin in zip(optimizer.masters(), before, strict=True):
             assert torch.allclose(master, begin - (0.4 if use else 0.1))
+
+
+def test_a_rule_that_uses_the_loss_from_its_first_step_on_cannot_have_to_be_fused() -> None:
+    weight = nn.Parameter(torch.ones(4, 6).bfloat16())
+    rule = UsesTheLoss([weight])
+    rule.use = True
+
+    def closure() -> float:
+        weight.grad = torch.ones_like(weight)
+        return 3.0
+
+    asked: list[dict[str, Any]] = [{"fused": True}, {"state_formats": "8bit"}]
+    for options in asked:
+        with pytest.raises(TypeError, match="it uses the loss, which is known when the step is"):
+            mixprec.MixedPrecision(rule, **options).step(closure)
+    optimizer = mixprec.MixedPrecision(rule)
+    optimizer.step(closure)
+    ((_, master),) = optimizer.masters()
+    assert torch.allclose(master, torch.full_like(master, 0.7))
+
+
+def test_a_closure_does_not_keep_fp32_parameters_from_being_fused() -> None:
+    weights = params((4, 6), (5,))
+    optimizer = mixprec.MixedPrecision(AdamW(weights), fused=True, state_formats="8bit")
+    calls: list[float] = []
+
+    def closure() -> float:
+        calls.append(3.0)
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        return 3.0
+
+    for step in range(1, 3):
+        assert optimizer.step(closure) == 3.0 and len(calls) == step
+        assert optimizer.state[weights[0]]["exp_avg"].dtype == torch.int8
+    optimizer.step()
+    assert "no 16-bit parameters" in optimizer.explain()
+    assert float(optimizer.state[weights[0]]["step"]) == 3.0
+
+
+class Looks(Rule):
+    """A rule that looks twice if it can."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        for _ in range(2 if closure is not None else 1):
+            with torch.enable_grad():
+                loss = closure() if closure is not None else None
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(p.grad, alpha=group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("rule", [Looks, LBFGS])
+def test_fp32_rules_that_call_their_closure_themselves_cannot_have_to_be_fused(rule: Any) -> None:
+    weight = nn.Parameter(torch.ones(4, 6))
+    optimizer = mixprec.MixedPrecision(rule([weight]), fused=True)
+
+    def closure() -> float:
+        weight.grad = torch.ones_like(weight)
+        return 3.0
+
+    with pytest.raises(TypeError, match=r"fused=True, but (Looks|LBFGS) cannot run as one kernel"):
+        optimizer.step(closure)
+    assert bool((weight == 1).all())
+
+
+def test_a_group_in_fp64_cannot_have_to_be_fused() -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3).double())]
+    optimizer = mixprec.MixedPrecision(AdamW([{"params": [w]} for w in weights]), fused=True)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    with pytest.raises(TypeError, match="a parameter is float64, and kernels compute in FP32"):
+        optimizer.step()
+    assert "refused by step(): fused=True, but AdamW" in optimizer.explain()
+    assert all(bool((weight == 1).all()) for weight in weights)
+
+
+@pytest.mark.parametrize("rule", [AdamW, LBFGS])
+def test_state_formats_want_a_parameter_that_is_fused(rule: Any) -> None:
+    text = (
+        r"state_formats='8bit' but no parameter is bfloat16 or float16: .*Pass fused=True as well, "
+        r"which fuses FP32 parameters, or drop state_formats"
+    )
+    with pytest.raises(ValueError, match=text):
+        mixprec.MixedPrecision(rule([nn.Parameter(torch.ones(3))]), state_formats="8bit")
 
 
 # ---------------------------------------- several groups
