@@ -5,13 +5,17 @@ the most that a step allocates on top, from the allocator's own events. AdamW wi
 10 million BF16 parameters; scratch is 8 bytes (split masters) or 4 (full ones) an element of the
 largest bucket, which is the largest tensor if that exceeds `bucket_numel`.
 
-    python docs/benchmarks/peak_memory.py
+    python docs/benchmarks/peak_memory.py [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import torch
 from peak_bytes import peak_bytes
+from record import save
 from torch import Tensor
 from wrapper_overhead import parameters, shapes
 
@@ -27,7 +31,7 @@ def resident(optimizer: mixprec.MixedPrecision) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def report(label: str, optimizer: mixprec.MixedPrecision, scratch: int) -> None:
+def report(label: str, optimizer: mixprec.MixedPrecision, scratch: int) -> dict[str, float]:
     for _ in range(2):
         optimizer.step()
     numel = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
@@ -36,10 +40,15 @@ def report(label: str, optimizer: mixprec.MixedPrecision, scratch: int) -> None:
         f"{label:28s} resident {held / numel:6.3f} B/param, transient {passing / 2**20:6.2f} MiB, "
         f"scratch by the formula {scratch / 2**20:6.2f} MiB"
     )
+    return {"resident": held / numel, "transient": passing, "formula": scratch}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    rows: list[dict[str, object]] = []
     largest = max(torch.Size(shape).numel() for shape in shapes())
     print(f"largest tensor {largest:,} elements, torch {torch.__version__}")
     for masters, each in (("split", 8), ("full", 4)):
@@ -50,11 +59,13 @@ def main() -> None:
                 masters=masters,  # pyright: ignore[reportArgumentType]
                 bucket_numel=bucket_numel,
             )
-            report(
+            found = report(
                 f"{masters}, bucket_numel={bucket_numel}",
                 optimizer,
                 each * largest_bucket(bucket_numel),
             )
+            rows.append({"masters": masters, "bucket_numel": bucket_numel, **found})
+    save(args.out, {"largest": largest, "rows": rows})
 
 
 def largest_bucket(bucket_numel: int) -> int:
