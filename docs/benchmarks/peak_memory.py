@@ -3,7 +3,8 @@
 Resident: weights, gradients, masters and moments, counted from the tensors themselves. Transient:
 the most that a step allocates on top, from the allocator's own events. AdamW with `fused=True` over
 10 million BF16 parameters; scratch is 8 bytes (split masters) or 4 (full ones) an element of the
-largest bucket, which is the largest tensor if that exceeds `bucket_numel`.
+largest bucket, which is the largest tensor if that exceeds `bucket_numel`. Full masters are rounded
+to be compared with their weights, a tensor at a time: 2 bytes an element of the largest.
 
     python docs/benchmarks/peak_memory.py [--out FILE]
 """
@@ -38,7 +39,7 @@ def report(label: str, optimizer: mixprec.MixedPrecision, scratch: int) -> dict[
     held, passing = resident(optimizer), peak_bytes(optimizer.step)
     print(
         f"{label:28s} resident {held / numel:6.3f} B/param, transient {passing / 2**20:6.2f} MiB, "
-        f"scratch by the formula {scratch / 2**20:6.2f} MiB"
+        f"by the formula {scratch / 2**20:6.2f} MiB"
     )
     return {"resident": held / numel, "transient": passing, "formula": scratch}
 
@@ -62,7 +63,7 @@ def main() -> None:
             found = report(
                 f"{masters}, bucket_numel={bucket_numel}",
                 optimizer,
-                each * largest_bucket(bucket_numel),
+                each * largest_bucket(bucket_numel) + (2 * largest if masters == "full" else 0),
             )
             rows.append({"masters": masters, "bucket_numel": bucket_numel, **found})
     save(args.out, {"largest": largest, "rows": rows})
