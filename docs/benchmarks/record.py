@@ -9,6 +9,7 @@ that were copied from a page, because nothing else is left of their run, say so:
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -19,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def hardware() -> str:
     """The GPU that torch would use, or the processor and how many cores there are."""
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+        several = f"{dist.get_world_size()} x " if dist.is_initialized() else ""
+        return f"{several}{torch.cuda.get_device_name()}"
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -64,9 +67,11 @@ def save(
     """
     if path is None:
         return
+    local = os.environ.get("LOCAL_WORLD_SIZE")
+    runner = ["torchrun", "--nproc-per-node", local] if local else ["python"]
     run = {
         "command": shlex.join(
-            ["python", f"docs/benchmarks/{Path(sys.argv[0]).name}", *_arguments()]
+            [*runner, f"docs/benchmarks/{Path(sys.argv[0]).name}", *_arguments()]
         ),
         "date": date.today().isoformat(),
         "hardware": hardware(),
