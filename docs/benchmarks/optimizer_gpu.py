@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -39,8 +38,7 @@ import mixprec
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-TINY = "MIXPREC_BENCHMARK_TINY"
-"""Set for the processes that measure a way each, by `--tiny`."""
+TINY = "--tiny" in sys.argv
 PEERS = ("flashoptim", "torch-optimi", "torchao", "heavyball", "pytorch-optimizer", "schedulefree")
 Step = Callable[[], Any]
 
@@ -61,7 +59,7 @@ def hidden(shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def sizes() -> dict[str, list[tuple[int, ...]]]:
-    if TINY in os.environ:
+    if TINY:
         small = decoder_shapes(2, 32, 64)
         return {"1.1B": small, "2000 x 4096": [(8, 8)] * 5} | dict.fromkeys(
             ("124M", "15M", "113M", "973M"), hidden(small)
@@ -346,16 +344,15 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one)))
         return
-    if not CUDA and not args.tiny:
+    if not (CUDA or TINY):
         parser.error("needs a CUDA device; --tiny tries the script without one")
-    environment = os.environ | ({TINY: "1"} if args.tiny else {})
     print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}")
     print(f"{'':42s}" + "".join(f"{column:>9s}" for column in COLUMNS))
     before = runs_of(args.out) if args.add else []
     rows: dict[str, Any] = {}
     for way in (way for way in WAYS if way.startswith(tuple(args.only))):
-        command = [sys.executable, __file__, "--one", way]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        command = [sys.executable, __file__, "--one", way, *(["--tiny"] if TINY else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             print(f"{way:42s}  failed: {(done.stderr.strip().splitlines() or ['?'])[-1][:120]}")
             continue

@@ -69,10 +69,9 @@ def save(
         return
     local = os.environ.get("LOCAL_WORLD_SIZE")
     runner = ["torchrun", "--nproc-per-node", local] if local else ["python"]
+    script = f"docs/benchmarks/{Path(sys.argv[0]).name}"
     run = {
-        "command": shlex.join(
-            [*runner, f"docs/benchmarks/{Path(sys.argv[0]).name}", *_arguments()]
-        ),
+        "command": shlex.join([*runner, script, *_arguments()]),
         "date": date.today().isoformat(),
         "hardware": hardware(),
         "versions": versions(peers),

@@ -103,7 +103,7 @@ def timed(call: Callable[[], None], device: str, *, busy: bool) -> float:
 def overhead(
     device: str, sizes: list[tuple[int, int]], rounds: int
 ) -> dict[str, list[list[float]]]:
-    """Ratios on a busy and on an idle device, by what is computed: each size, eager and compiled."""
+    """Ratios on a busy and on an idle device, for each size eager and compiled, by operation."""
     ratios: dict[str, list[list[float]]] = {}
     print(
         "| | rows x width | plain ms | unit ms | ratio | idle device |\n|---|---|---|---|---|---|"
@@ -314,9 +314,8 @@ def main() -> None:
     before = runs_of(args.out) if args.add else []
     numbers: dict[str, Any] = {}
     if args.only in (None, "errors"):
-        numbers["errors"] = errors(
-            device, *((256, 48) if args.tiny else (4096, 3072))
-        )  # no power of two
+        no_power_of_two = (256, 48) if args.tiny else (4096, 3072)
+        numbers["errors"] = errors(device, *no_power_of_two)
     if args.only in (None, "overhead"):
         numbers["cost"] = overhead(device, sizes, rounds)
     if args.only in (None, "transfer"):
