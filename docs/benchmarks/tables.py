@@ -262,7 +262,12 @@ def _pairs() -> dict[str, dict[str, float]]:
         name, _, who = way.partition(": ")
         if who == "bare" and f"{name}: ours" in found:
             pairs[name] = {"bare": found[way]["ms"], "ours": found[f"{name}: ours"]["ms"]}
-    return pairs
+
+    def by_rule_and_size(name: str) -> tuple[str, int]:
+        rule, _, size = name.partition(" ")
+        return rule, int(size.removesuffix("M"))
+
+    return {name: pairs[name] for name in sorted(pairs, key=by_rule_and_size)}
 
 
 @figures
