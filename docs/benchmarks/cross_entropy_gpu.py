@@ -10,7 +10,7 @@ Errors are relative by norm, against FP64: hidden states' gradient on 64 rows, t
 rows, half of them classes that some token has. Peak is what a call allocates on top of the inputs,
 less the two gradients themselves (FP32 for ours); its slab and scratch.
 
-    python docs/benchmarks/cross_entropy_gpu.py --out cross_entropy_gpu.json
+    python docs/benchmarks/cross_entropy_gpu.py [--out FILE]
 
 Peers are optional (liger-kernel 0.8.5, cut-cross-entropy 25.1.1): one that is absent is named and
 left out. Takes about three minutes on an H200.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -34,6 +33,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 import torch.nn.functional as F
+from record import save
 from torch import Tensor
 
 from mixprec.cross_entropy import linear_cross_entropy
@@ -504,14 +504,19 @@ def bars(shape: Shape, by_name: dict[str, Result]) -> list[str]:
     return said
 
 
+def numbers_of(result: Result) -> dict[str, Any]:
+    """What goes into the file."""
+    left_out = ("shape", "name", "ours", "times")
+    return {k: v for k, v in asdict(result).items() if k not in left_out and v is not None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=None, metavar="PATH", help="JSON goes here")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
     args = parser.parse_args()
-    device = torch.cuda.get_device_name()
     began = time.time()
-    print(f"{device}, torch {torch.__version__}")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     results: list[Result] = []
     said: list[str] = []
     for shape in SHAPES[: args.shapes]:
@@ -525,17 +530,15 @@ def main() -> None:
         rates = f"{part['tb_per_s']:.2f} | {part['tflop_per_s']:.0f}"
         print(f"| {part['part']} | {part['ms']:.3f} | {rates} |")
     print("\n" + "\n".join(said))
-    if args.out is not None:
-        data = {
-            "device": device,
-            "torch": torch.__version__,
-            "shapes": [asdict(shape) for shape in SHAPES],
-            "results": [asdict(result) for result in results],
-            "parts": found_parts,
-            "bars": said,
+    numbers: dict[str, Any] = {
+        shape.name: {
+            **{"tokens": shape.tokens, "width": shape.width, "vocab": shape.vocab},
+            "ways": {r.name: numbers_of(r) for r in results if r.shape == shape.name},
         }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(data, indent=1) + "\n")
+        for shape in SHAPES[: args.shapes]
+    }
+    numbers["parts"] = {part.pop("part"): part for part in found_parts}
+    save(args.out, numbers, peers=("liger-kernel", "cut-cross-entropy"))
     print(f"{time.time() - began:.0f} s in all")
 
 

@@ -12,16 +12,19 @@ inputs, with N tokens of which a chunk has C, width d and V classes, in bytes:
                      with FP32 sums
     (4 + 4 + 2) C d  a chunk of hidden states and of their gradient
 
-    python docs/benchmarks/cross_entropy_memory.py
+    python docs/benchmarks/cross_entropy_memory.py [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peak_bytes import peak_bytes
+from record import save
 from torch import Tensor
 
 from mixprec.cross_entropy import linear_cross_entropy
@@ -74,26 +77,32 @@ def held(loss: Loss) -> int:
     return sum(sizes.values())
 
 
-def report(label: str, loss: Loss, predicted: int | None) -> None:
+def report(label: str, loss: Loss, predicted: int | None) -> dict[str, object]:
     tensors = inputs()
     forward = peak_bytes(lambda: loss(*tensors))
     both = peak_bytes(lambda: loss(*tensors).backward())
+    saved = held(loss) / (N * V)
     said = "" if predicted is None else f", by the formula {predicted / 2**20:6.1f} MiB"
     print(
-        f"{label:22s} held {held(loss) / (N * V):5.2f} B/logit, peak {forward / 2**20:6.1f} MiB in "
+        f"{label:22s} held {saved:5.2f} B/logit, peak {forward / 2**20:6.1f} MiB in "
         f"forward, {both / 2**20:6.1f} MiB with backward{said}"
     )
     if predicted is not None:
         assert 0.95 < both / predicted < 1.05
+    return {"way": label, "held": saved, "forward": forward, "both": both}
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"N={N} d={D} V={V}, BF16, full logits are {2 * N * V / 2**20:.0f} MiB in BF16")
-    report("full logits", full_logits, None)
-    for chunk_size in (128, 512, 4096):
-        report(f"chunks of {chunk_size}", chunked(chunk_size), formula(chunk_size))
-    report("chunks of 512 twice", chunked(512, recompute=True), None)
+    rows = [report("full logits", full_logits, None)]
+    for size in (4096, 512, 128):
+        rows.append(report(f"chunks of {size}", chunked(size), formula(size)))
+    rows.append(report("chunks of 512, recompute", chunked(512, recompute=True), None))
+    save(args.out, {"tokens": N, "width": D, "vocab": V, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -5,15 +5,18 @@ and larger steps; and with a loss whose logit gradients are divided after the pr
 emulation change the curves? The same runs on the processor's own 16-bit kernels, slow where it has
 no units for them.
 
-    python docs/benchmarks/demo_variants.py
+    python docs/benchmarks/demo_variants.py [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from record import save
 from torch import Tensor
 
 from mixprec.cli import demo_runs
@@ -51,7 +54,13 @@ def above(reference: float, loss: float) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    presumed: dict[str, list[float]] = {}
+    without: dict[str, float] = {}
+    kernels: dict[str, list[float]] = {}
     print(f"torch {torch.__version__}, Python {platform.python_version()}\n")
     reference = outcome(FP32_RUN).held_out_loss
 
@@ -59,12 +68,14 @@ def main() -> None:
     for exponent in (10, 12, 14, 16, 18, 20):
         unscaled = outcome(UNSCALED, replace(SETTINGS, presumed_tokens=2**exponent))
         gap = above(reference, unscaled.held_out_loss)
+        presumed[str(exponent)] = [unscaled.held_out_loss - reference, unscaled.subnormal_grads]
         print(f"| 2^{exponent} tokens | {gap} | {unscaled.subnormal_grads:.1%} |", flush=True)
 
     demo_runs._Training._loss_sum = without_logits
     for exponent in (18, 20):
         unscaled = outcome(UNSCALED, replace(SETTINGS, presumed_tokens=2**exponent))
         gap = above(reference, unscaled.held_out_loss)
+        without[str(exponent)] = unscaled.held_out_loss - reference
         print(f"linear_cross_entropy, 2^{exponent} tokens: {gap}, {unscaled.subnormal_grads:.1%}")
     demo_runs._Training._loss_sum = WITH_LOGITS
 
@@ -72,8 +83,10 @@ def main() -> None:
     demo_runs.emulated = lambda device, format: False
     print("\n| run | emulated | own kernels |\n|---|---|---|")
     for run, loss in emulated.items():
-        own = above(reference, outcome(run).held_out_loss)
-        print(f"| {run.name} | {above(reference, loss)} | {own} |", flush=True)
+        own = outcome(run).held_out_loss
+        kernels[run.name] = [loss - reference, own - reference]
+        print(f"| {run.name} | {above(reference, loss)} | {above(reference, own)} |", flush=True)
+    save(args.out, {"presumed": presumed, "without logits": without, "kernels": kernels})
 
 
 if __name__ == "__main__":

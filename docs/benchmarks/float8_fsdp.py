@@ -1,6 +1,7 @@
 """FP8 under FSDP2 on the GPUs of one host: the same numbers as one process, step time and memory.
 
     torchrun --nproc-per-node 2 docs/benchmarks/float8_fsdp.py [--blocks 4] [--compile]
+        [--out FILE [--add]]
 
 Llama-8B-shaped blocks (4096 wide, 1024 for keys and values, 14336 in the feed-forward), each
 sharded by `fully_shard`, BF16 parameters, gradients summed over ranks in FP32, fused AdamW;
@@ -26,11 +27,13 @@ import os
 import statistics
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from record import runs_of, save
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -166,21 +169,29 @@ def measure(options: argparse.Namespace) -> None:
     for way, (taken, issued) in found.items():
         say(
             f"| {way} | {1e3 * taken:.1f} ms | {found['bf16'][0] / taken:.2f}x "
-            f"| {1e3 * issued:.1f} ms | {peaks[way]} |"
+            f"| {1e3 * issued:.1f} ms | {peaks[way]:.2f} GiB |"
         )
+    name = f"{options.recipe}, {options.micro} x {options.rows * TOKENS}"
+    name += ", compiled" if options.compile else ""
+    rows = {
+        way: {"ms": 1e3 * taken, "host_ms": 1e3 * issued, "peak_gib": peaks[way]}
+        for way, (taken, issued) in found.items()
+    }
+    if dist.get_rank() == 0:
+        save(options.out, {name: rows}, onto=runs_of(options.out) if options.add else [])
 
 
-def peak(way: str, options: argparse.Namespace, batches: list[Tensor]) -> str:
-    """Of a step, in the allocator's bytes, with nothing else on the device."""
+def peak(way: str, options: argparse.Namespace, batches: list[Tensor]) -> float:
+    """GiB of a step, in the allocator's bytes, with nothing else on the device."""
     free()
     if not CUDA:
-        return "-"
+        return 0.0
     model, optimizer = build(way, options)
     for _ in range(2):
         step(model, optimizer, batches)
     torch.cuda.reset_peak_memory_stats()
     step(model, optimizer, batches)
-    return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return torch.cuda.max_memory_allocated() / 2**30
 
 
 def timed(model: Any, optimizer: Any, batches: list[Tensor]) -> tuple[float, float]:
@@ -221,6 +232,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9 if CUDA else 2)
     parser.add_argument("--reshard", default="on", choices=("on", "off"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep what else is in the file")
     options = parser.parse_args()
     if CUDA:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -1,15 +1,20 @@
 """FP8 on one CUDA device beside its peers: casts, linear layers, a decoder block, and the errors.
 
-    python docs/benchmarks/float8_gpu.py [--only cast linear small depth micro block ...]
+    python docs/benchmarks/float8_gpu.py [--only cast linear small depth ...] [--out FILE [--add]]
 
     cast            the cast kernels, beside torch.compile of the same expression
     linear          forward and backward of one layer at 16384 tokens, and at 8192^3
     small           the same at 4096 tokens, where the host is slow: eager, compiled, CUDA graph
-    depth           8 layers in a row at 4096 tokens, where the host works ahead of the device
+    depth           8 layers in a row at 4096 tokens, where the host works ahead of the device: a
+                    pass after a step, and a later micro-batch
     micro           a step of 8 micro-batches between two changes of the weight
     block           a Llama-8B-shaped block with its optimizer step: time and peak memory
     accumulation    what the short register of the tensor cores loses on sums of one sign
     sqnr            signal over error of the three products, by size of values and kind of outliers
+
+A pass is one after a step, whose weight has just been written and has no gradient, unless it says
+"weight unchanged" or "micro-batch": then it is a later one of the same step, whose gradients are
+added to those that are there, by every way alike. An FP8 weight is cast once a step, in the first.
 
 Every way runs once a round, in another order each, so that a clock which moves with the chip's
 power moves for all of them; medians of the rounds, by CUDA events. All inputs are random: products
@@ -20,13 +25,13 @@ and left out.
 
 torchao (0.18) is optional, and named if absent. Compiling takes most of the time: after `--seconds`
 no more is compiled, and what is left out is named. All sections take some four minutes on an H200.
+`--add` puts what is measured now in the place of the same in the file, and keeps the rest.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import random
 import statistics
@@ -40,6 +45,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import runs_of, save
 from torch import Tensor, nn
 
 import mixprec
@@ -63,7 +69,8 @@ class Run:
     rounds: int = 7
     began: float = field(default_factory=time.time)
     deadline: float = math.inf
-    tables: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    """What goes into the file, by section and shape."""
     bars: list[str] = field(default_factory=list)
 
     def may_compile(self, name: str) -> bool:
@@ -150,10 +157,8 @@ def said(error: Exception) -> str:
 def table(title: str, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     header = list(header)
     print(f"\n{title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-    kept = [[str(cell) for cell in row] for row in rows]
-    for row in kept:
-        print(f"| {' | '.join(row)} |")
-    RUN.tables[title] = {"header": header, "rows": kept}
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
     print(f"\n({time.time() - RUN.began:.0f} s so far)", flush=True)
 
 
@@ -247,6 +252,7 @@ def section_cast() -> None:
         check_casts(x[0])
         ways = cast_ways(x)
         times = interleaved(ways, calls=20)
+        RUN.numbers[f"cast {rows}x{columns}"] = {"ms": times}
         for name, ms in times.items():
             rate = 4 * rows * columns / ms / 1e9
             rates.setdefault(name, [""] * (1 + len(shapes)))[1 + index] = f"{ms:.3f} ms, {rate:.2f}"
@@ -350,17 +356,29 @@ class Layer:
         assert max(errors) < 0.07, f"errors of y, dX, dW beside BF16: {errors}"
         return max(errors)
 
-    def step(self, model: nn.Module, *, changed: bool) -> Work:
-        """Forward and backward; `changed` as if an optimizer had just written the weight."""
-        weight = next(iter(model.parameters()))
+    def step(self, model: nn.Module, *, changed: bool = True) -> Work:
+        return one_pass(model, self.x, self.dy, changed=changed)
 
-        def work() -> None:
-            self.x.grad = weight.grad = None
-            if changed:
-                torch.autograd.graph.increment_version([weight])
-            model(self.x).backward(self.dy)
 
-        return work
+def one_pass(model: nn.Module, x: Tensor, dy: Tensor, *, changed: bool) -> Work:
+    """Forward and backward, of the first micro-batch after a step or of a later one.
+
+    Args:
+        changed: as if an optimizer had just written the weights and gradients had been cleared.
+            Otherwise weights are as in the call before, and gradients are summed in place.
+    """
+    params = list(model.parameters())
+    sums: list[Tensor | None] = [None if changed else torch.zeros_like(param) for param in params]
+
+    def work() -> None:
+        x.grad = None
+        for param, total in zip(params, sums, strict=True):
+            param.grad = total
+        if changed:
+            torch.autograd.graph.increment_version(params)
+        model(x).backward(dy)
+
+    return work
 
 
 def settle(model: nn.Module, x: Tensor, dy: Tensor) -> None:
@@ -424,6 +442,9 @@ def attempt(into: dict[str, Any], name: str, make: Callable[[], Any]) -> None:
         print(f"({name} left out: {said(error)})")
 
 
+UNCHANGED = "weight unchanged"
+
+
 def linear_ways(
     layer: Layer, compiled: Iterable[str], peers: Iterable[str]
 ) -> tuple[dict[str, Work], dict[str, float]]:
@@ -431,28 +452,32 @@ def linear_ways(
     ways: dict[str, Work] = {}
     errors: dict[str, float] = {}
 
-    def add(name: str, make: Callable[[], nn.Module], changed: bool = True) -> None:
-        def build() -> Work:
+    def add(name: str, make: Callable[[], nn.Module], unchanged: bool = False) -> None:
+        def build() -> nn.Module:
             model = make()
             errors[name] = layer.check(model)
-            return layer.step(model, changed=changed)
+            return model
 
-        attempt(ways, name, build)
+        built: dict[str, nn.Module] = {}
+        attempt(built, name, build)
+        for model in built.values():
+            ways[name] = layer.step(model)
+            if unchanged:
+                ways[f"{name}, {UNCHANGED}"] = layer.step(model, changed=False)
 
-    def compiling(name: str, make: Callable[[], nn.Module]) -> None:
+    def compiling(name: str, make: Callable[[], nn.Module], unchanged: bool = False) -> None:
         if RUN.may_compile(name):
-            add(name, lambda: compile(make()))
+            add(name, lambda: compile(make()), unchanged)
 
-    add("bf16 eager", lambda: nn.Sequential(layer.linear))
+    add("bf16 eager", lambda: nn.Sequential(deepcopy(layer.linear)), True)
     if CUDA:
         attempt(ways, "three bare _scaled_mm", lambda: bare_products(layer))
-    add("static, weight unchanged", partial(layer.ours, "static"), changed=False)
     for recipe in RECIPES:
-        add(recipe, partial(layer.ours, recipe))
+        add(recipe, partial(layer.ours, recipe), recipe in ("static", "adaptive"))
     compiling("bf16 compiled", lambda: nn.Sequential(deepcopy(layer.linear)))
     if has_torchao():
         for recipe in peers:
-            compiling(f"torchao {recipe} compiled", partial(layer.theirs, recipe))
+            compiling(f"torchao {recipe} compiled", partial(layer.theirs, recipe), True)
     for recipe in compiled:
         compiling(f"{recipe} compiled", partial(layer.ours, recipe))
     return ways, errors
@@ -462,9 +487,10 @@ def linear_rows(
     layer: Layer, ways: dict[str, Work], errors: dict[str, float], **options: Any
 ) -> dict[str, float]:
     times = interleaved(ways, **options)
-    base = times["bf16 eager"]
+    RUN.numbers[f"linear {'x'.join(map(str, layer.sizes))}"] = {"ms": times, "errors": errors}
     rows: list[list[str]] = []
     for name, ms in times.items():
+        base = times[f"bf16 eager, {UNCHANGED}" if UNCHANGED in name else "bf16 eager"]
         error = f"{100 * errors[name]:.1f} %" if name in errors else ""
         rate = f"{layer.flop / ms / 1e9:.0f}"
         rows.append([name, f"{ms:.3f}", rate, f"{base / ms:.2f}x", error])
@@ -478,12 +504,13 @@ def linear_rows(
 
 
 def linear_bars(name: str, times: dict[str, float]) -> None:
-    for ours in ("static", "static, weight unchanged"):
+    for end in ("", f", {UNCHANGED}"):
+        ours = f"static{end}"
         if ours in times:
-            bar(f"{name}: {ours} over bf16 eager", times["bf16 eager"] / times[ours], 1.65)
+            bar(f"{name}: {ours} over bf16 eager", times[f"bf16 eager{end}"] / times[ours], 1.65)
             if (floor := times.get("three bare _scaled_mm")) is not None:
                 bar(f"{name}: {ours}, of the bare products", floor / times[ours], 0.90)
-            if (peer := times.get("torchao tensorwise compiled")) is not None:
+            if (peer := times.get(f"torchao tensorwise compiled{end}")) is not None:
                 bar(f"{name}: {ours} over torchao tensorwise", peer / times[ours], 1.12)
     for recipe in PEERS:
         peer = times.get(f"torchao {recipe} compiled")
@@ -506,7 +533,7 @@ def section_linear() -> None:
 
 def graphed(layer: Layer, model: nn.Module) -> Work:
     """Forward and backward as a CUDA graph, whose gradients stay where they are."""
-    step = layer.step(model, changed=False)
+    step = layer.step(model)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -563,23 +590,20 @@ def section_depth() -> None:
         settle(model, x, dy)
         return model
 
-    def step(model: nn.Module) -> Work:
-        params = list(model.parameters())
+    models: dict[str, nn.Module] = {}
 
-        def work() -> None:
-            x.grad = None
-            for param in params:
-                param.grad = None
-            model(x).backward(dy)
+    def add(name: str, make: Callable[[], nn.Module]) -> None:
+        def build() -> nn.Module:
+            model = make()
+            error = (model(x).detach().float() - exact).norm() / exact.norm()
+            assert error < 0.2, f"off by {error:.2f}"  # count^1/2 times 3.7 % is 0.10
+            return model
 
-        error = (model(x).detach().float() - exact).norm() / exact.norm()
-        assert error < 0.2, f"off by {error:.2f}"  # count^1/2 times 3.7 % is 0.10
-        work()
-        return work
+        attempt(models, name, build)
 
-    ways: dict[str, Work] = {"bf16 eager": step(deepcopy(plain))}
-    attempt(ways, "adaptive", lambda: step(converted("adaptive")))
-    attempt(ways, "tensorwise", lambda: step(converted("tensorwise")))
+    add("bf16 eager", lambda: deepcopy(plain))
+    add("adaptive", lambda: converted("adaptive"))
+    add("tensorwise", lambda: converted("tensorwise"))
     makers: dict[str, Callable[[], nn.Module]] = {
         "bf16 compiled": lambda: deepcopy(plain),
         "adaptive compiled": lambda: converted("adaptive"),
@@ -589,24 +613,28 @@ def section_depth() -> None:
         makers["torchao tensorwise compiled"] = lambda: torchao(deepcopy(plain), "tensorwise")
     for name, make in makers.items():
         if RUN.may_compile(name):
-            attempt(ways, name, lambda make=make: step(compile(make())))
+            add(name, lambda make=make: compile(make()))
+    graphs = partial(torch.compile, dynamic=False, mode="reduce-overhead")
     for name in ("bf16 compiled", "adaptive compiled"):
         if RUN.may_compile(f"{name}, CUDA graphs"):
-            graphs = partial(torch.compile, dynamic=False, mode="reduce-overhead")
-            attempt(ways, f"{name}, CUDA graphs", lambda n=name, g=graphs: step(g(makers[n]())))
-    times = interleaved(ways, ahead=False)
-    hosts = {name: host_us(ways[name], calls=3) / count for name in times}
-    table(
-        f"{count} layers in a row, forward and backward, {tokens} tokens, {width} -> {width}",
-        ["", "ms a layer", "of bf16 eager", "host us a layer"],
-        [
-            [name, f"{ms / count:.3f}", f"{times['bf16 eager'] / ms:.2f}x", f"{hosts[name]:.0f}"]
-            for name, ms in times.items()
-        ],
-    )
-    if "adaptive compiled" in times and "bf16 compiled" in times:
-        gain = times["bf16 compiled"] / times["adaptive compiled"]
-        bar(f"{count} layers of {width}, {tokens} tokens: adaptive over bf16, compiled", gain, 1.25)
+            add(f"{name}, CUDA graphs", lambda name=name: graphs(makers[name]()))
+    title = f"{count} layers in a row, {tokens} tokens, {width} -> {width}"
+    for changed, what in ((True, "a pass after a step"), (False, "a later micro-batch")):
+        ways = {name: one_pass(model, x, dy, changed=changed) for name, model in models.items()}
+        ms = {name: each / count for name, each in interleaved(ways, ahead=False).items()}
+        hosts = {name: host_us(ways[name], calls=3) / count for name in ms}
+        RUN.numbers[f"depth {what}"] = {"ms": ms, "host_us": hosts, "layers": count}
+        table(
+            f"{title}: {what}",
+            ["", "ms a layer", "of bf16 eager", "host us a layer"],
+            [
+                [name, f"{each:.3f}", f"{ms['bf16 eager'] / each:.2f}x", f"{hosts[name]:.0f}"]
+                for name, each in ms.items()
+            ],
+        )
+        if "adaptive compiled" in ms and "bf16 compiled" in ms:
+            gain = ms["bf16 compiled"] / ms["adaptive compiled"]
+            bar(f"{title}: {what}, adaptive over bf16, compiled", gain, 1.25)
 
 
 # ------------------------------------------------------------------ micro-batches
@@ -641,6 +669,7 @@ def section_micro() -> None:
             name = "torchao tensorwise compiled"
             attempt(ways, name, lambda make=make, step=step: step(compile(make())))
         times = interleaved(ways, calls=1, ahead=False)
+        RUN.numbers[f"micro {'x'.join(map(str, shape))}"] = {"ms": times, "micro_batches": count}
         base = times["bf16 eager"]
         tokens, k, n = shape
         table(
@@ -800,6 +829,10 @@ def section_block() -> None:
             if row.name in ("static", "adaptive") and rows[0].name == "bf16":
                 name = f"block: {row.name} over bf16, both {kind}"
                 bar(name, rows[0].ms[1] / row.ms[1], 1.35)
+        RUN.numbers[f"block {kind}"] = {
+            row.name: {"error": row.error, "peak_mib": row.peak, "ms": row.ms[1], "ms_8": row.ms[8]}
+            for row in rows
+        }
         rows.clear()
         clean()
     columns = ["ms, 1 micro-batch", "of bf16", "ms, 8 micro-batches", "of bf16"]
@@ -828,6 +861,7 @@ def section_accumulation() -> None:
             a8, b8 = a.to(E4M3.dtype), b.to(E4M3.dtype)
             exact = a8.double() @ b8.double().t()
             cells: list[str] = []
+            found: list[float] = []
             for fast in (True, False):
                 out = torch._scaled_mm(
                     a8,
@@ -839,12 +873,14 @@ def section_accumulation() -> None:
                 ).double()
                 error = ((out - exact).norm() / exact.norm()).item()
                 cells.append(f"{error:.1e}")
+                found.append(error)
                 if what == "one sign":
                     cells.append(f"{((out - exact).sum() / exact.sum()).item():+.1e}")
                 else:
                     cells.append("")
             single = ((a8.float() @ b8.float().t()).double() - exact).norm() / exact.norm()
             rows.append([f"{k}, {what}", *cells, f"{single.item():.1e}"])
+            RUN.numbers[f"accumulation {k}, {what}"] = {"short": found[0], "exact": found[1]}
     table(
         "Sums of E4M3 products against FP64: error by norm, and bias",
         ["addends", "fast", "bias", "slow", "bias", "FP32 (as torch multiplies it)"],
@@ -946,12 +982,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=200, help="after so many, compile no more")
     parser.add_argument("--quick", action="store_true", help="small shapes, once, also on a CPU")
     parser.add_argument("--out", type=Path, default=None, metavar="PATH", help="JSON goes here")
+    parser.add_argument("--add", action="store_true", help="keep what else is in the file")
     args = parser.parse_args()
     if not CUDA and not args.quick:
         parser.error("needs a CUDA device; --quick tries the script without one")
     RUN.quick, RUN.rounds, RUN.deadline = args.quick, args.rounds, time.time() + args.seconds
-    device = torch.cuda.get_device_name() if CUDA else "CPU"
-    print(f"{device}, torch {torch.__version__}")
+    print(f"{torch.cuda.get_device_name() if CUDA else 'CPU'}, torch {torch.__version__}")
+    before = runs_of(args.out) if args.add else []
     failed: list[str] = []
     for name in args.only:
         try:
@@ -961,17 +998,9 @@ def main() -> None:
             print(f"(section {name} failed: {said(error)})")
             if args.quick:
                 raise
+        save(args.out, RUN.numbers, peers=("torchao",), onto=before)  # in case the next is cut off
         clean()
     print("\n" + "\n".join(RUN.bars))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        data = {
-            "device": device,
-            "torch": torch.__version__,
-            "tables": RUN.tables,
-            "bars": RUN.bars,
-        }
-        args.out.write_text(json.dumps(data, indent=1) + "\n")
     print(f"{time.time() - RUN.began:.0f} s in all")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

@@ -1,15 +1,18 @@
 """Time of `formats.split` and `formats.join` against one BF16 `copy_`, on one CPU thread.
 
-python docs/benchmarks/split_join.py
+python docs/benchmarks/split_join.py [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
+from record import save
 
 from mixprec import formats
 
@@ -26,7 +29,11 @@ def microseconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    rows: list[dict[str, float]] = []
     generator = torch.Generator().manual_seed(0)
     print("elements  bf16 copy_      split       join   (microseconds)")
     for exponent in (12, 14, 16, 17, 18, 20):
@@ -39,6 +46,10 @@ def main() -> None:
             microseconds(partial(formats.join, bf16, int16, out=out, scratch=scratch)),
         ]
         print(f"{'2^' + str(exponent):>8}" + "".join(f"{each:12.1f}" for each in times))
+        rows.append(
+            {"exponent": exponent, **dict(zip(("copy", "split", "join"), times, strict=True))}
+        )
+    save(args.out, {"rows": rows})
 
 
 if __name__ == "__main__":

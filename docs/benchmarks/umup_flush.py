@@ -3,14 +3,19 @@
 Width 128, 4 layers, 2048 bytes of the texts that Python carries; the mean of the cross entropy for
 the standard decoder, the sum for the unit-scaled one. Gradients that arrive at linear layers. CPU,
 seconds.
+
+    python docs/benchmarks/umup_flush.py [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from record import save
 from torch import Tensor, nn
 from umup_transfer import StandardDecoder, text_batches
 
@@ -24,7 +29,11 @@ def look(grads: dict[str, Tensor], name: str, _module: nn.Module, _x: object, y:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    rows: dict[str, list[list[float]]] = {}
     pairs = list(text_batches(8))
     tokens, targets = (torch.cat([pair[i] for pair in pairs]) for i in range(2))
     print("| | RMS of dy | E5M2 to 0 | E4M3 to 0 | RMS of dW |\n|---|---|---|---|---|")
@@ -53,6 +62,8 @@ def main() -> None:
         name = "unit-scaled" if unit else "standard"
         cells = (f"{min(c):.3g} to {max(c):.3g}" for c in columns)
         print(f"| {name} | {' | '.join(cells)} |")
+        rows[name] = [[min(c), max(c)] for c in columns]
+    save(args.out, rows)
 
 
 if __name__ == "__main__":

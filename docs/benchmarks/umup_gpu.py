@@ -1,6 +1,6 @@
 """Unit scaling on one GPU: what it costs, whether it is exact, and whether learning rates transfer.
 
-    python docs/benchmarks/umup_gpu.py --out DIR      everything, about six minutes on one H200
+    python docs/benchmarks/umup_gpu.py [--out FILE]   everything, about six minutes on one H200
     python docs/benchmarks/umup_gpu.py --tiny         the same at toy size on a CPU
     python docs/benchmarks/umup_gpu.py --only transfer --losses DIR --widths 128
                                                       one width of the third part; several at a time
@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import runs_of, save
 from torch import Tensor, nn
-from umup_transfer import StandardDecoder
+from umup_transfer import StandardDecoder, summary
 
 from mixprec import umup
 from mixprec.umup import functional as U
@@ -67,7 +68,7 @@ def unit_mlp(x: Tensor, weights: list[Tensor]) -> Tensor:
 
 PAIRS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "linear": (plain_linear, unit_linear),
-    "linear, bias": (plain_bias, unit_bias),
+    "linear with bias": (plain_bias, unit_bias),
     "SwiGLU": (plain_mlp, unit_mlp),
 }
 
@@ -99,7 +100,11 @@ def timed(call: Callable[[], None], device: str, *, busy: bool) -> float:
     return float(begin.elapsed_time(end)) / calls
 
 
-def overhead(device: str, sizes: list[tuple[int, int]], rounds: int) -> None:
+def overhead(
+    device: str, sizes: list[tuple[int, int]], rounds: int
+) -> dict[str, list[list[float]]]:
+    """Ratios on a busy and on an idle device, for each size eager and compiled, by operation."""
+    ratios: dict[str, list[list[float]]] = {}
     print(
         "| | rows x width | plain ms | unit ms | ratio | idle device |\n|---|---|---|---|---|---|"
     )
@@ -127,11 +132,13 @@ def overhead(device: str, sizes: list[tuple[int, int]], rounds: int) -> None:
                 }
                 plain, unit = map(median, times[True])
                 busy, idle = (median(map(truediv, t[1], t[0])) for t in times.values())
+                ratios.setdefault(name, []).append([busy, idle])
                 print(
                     f"| {name}, {mode} | {rows} x {width} | {plain:.3f} | {unit:.3f} | "
                     f"{busy:.3f}{'' if busy <= 1.02 else ' (over 1.02)'} | {idle:.3f} |",
                     flush=True,
                 )
+    return ratios
 
 
 def rounds_of(
@@ -148,7 +155,7 @@ def rounds_of(
 # ------------------------------------------------------------------ 2. errors
 
 
-def errors(device: str, rows: int, width: int) -> None:
+def errors(device: str, rows: int, width: int) -> dict[str, dict[str, float]]:
     """Output and gradients against FP64, relative by norm; plain BF16 with multipliers by hand."""
     x, weights = operands(rows, width, device)
     gate, bias = weights[0], weights[3]
@@ -168,10 +175,13 @@ def errors(device: str, rows: int, width: int) -> None:
     plain = [scaled, *torch.autograd.grad(scaled, (x, gate), dy)]
     names = ("output", "input gradient", "weight gradient")
     print("| | ours | multipliers by themselves |\n|---|---|---|")
+    by_way: dict[str, dict[str, float]] = {"ours": {}, "apart": {}}
     for name, right, one, other in zip(names, exact, ours, plain, strict=True):
         found = [float((t.detach().double() - right).norm() / right.norm()) for t in (one, other)]
         print(f"| {name} | {found[0]:.2e} | {found[1]:.2e} |")
         assert found[0] <= 1.02 * found[1], f"{name}: ours {found[0]}, theirs {found[1]}"
+        by_way["ours"][name], by_way["apart"][name] = found
+    return by_way
 
 
 # ------------------------------------------------------------------ 3. transfer
@@ -241,7 +251,9 @@ def remembered(
     return loss
 
 
-def transfer(device: str, args: argparse.Namespace) -> None:
+def transfer(device: str, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Best rates and losses of both parametrisations."""
+    best: dict[str, dict[str, Any]] = {}
     data = text().to(device)
     begin = time.time()
     found: dict[bool, dict[int, dict[float, list[float]]]] = {True: {}, False: {}}
@@ -261,11 +273,13 @@ def transfer(device: str, args: argparse.Namespace) -> None:
         )
         seeds = len(next(iter(next(iter(found[unit].values())).values())))
         print(f"decoder, AdamW, {name}: {args.steps} steps, {seeds} seeds\n{report}\n", flush=True)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
+        best[name] = summary(report)
+        if args.pictures:
+            args.pictures.mkdir(parents=True, exist_ok=True)
             title = f"Byte-level decoder, AdamW, {name}"
-            (args.out / f"umup-gpu-{name}.svg").write_text(report.svg(title))
+            (args.pictures / f"umup-gpu-{name}.svg").write_text(report.svg(title))
     print(f"{time.time() - begin:.0f} s of training")
+    return best
 
 
 def main() -> None:
@@ -279,7 +293,9 @@ def main() -> None:
     parser.add_argument("--unit-lrs", type=int, nargs="+", default=list(range(-5, 1)))
     parser.add_argument("--standard-lrs", type=int, nargs="+", default=list(range(-15, -7)))
     parser.add_argument("--budget", type=float, default=300.0, help="seconds of training, about")
-    parser.add_argument("--out", type=Path, help="folder for the pictures")
+    parser.add_argument("--pictures", type=Path, help="folder for them")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep what else is in the file")
     parser.add_argument(
         "--losses", type=Path, help="folder that keeps each training's loss, to go on from"
     )
@@ -295,12 +311,16 @@ def main() -> None:
     else:
         print(torch.cuda.get_device_name(), torch.__version__)
     torch.set_float32_matmul_precision("high")
+    before = runs_of(args.out) if args.add else []
+    numbers: dict[str, Any] = {}
     if args.only in (None, "errors"):
-        errors(device, *((256, 48) if args.tiny else (4096, 3072)))  # no power of two
+        no_power_of_two = (256, 48) if args.tiny else (4096, 3072)
+        numbers["errors"] = errors(device, *no_power_of_two)
     if args.only in (None, "overhead"):
-        overhead(device, sizes, rounds)
+        numbers["cost"] = overhead(device, sizes, rounds)
     if args.only in (None, "transfer"):
-        transfer(device, args)
+        numbers["best"] = transfer(device, args)
+    save(args.out, numbers, onto=before)
 
 
 if __name__ == "__main__":

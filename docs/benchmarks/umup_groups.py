@@ -2,22 +2,31 @@
 
 A decoder of 12 layers, 111 tensors and 5 million parameters. Medians of interleaved rounds, in
 every order; CPU, one thread, half a minute.
+
+    python docs/benchmarks/umup_groups.py [--out FILE]
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 from itertools import permutations
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from record import save
 
 from mixprec import umup
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
     torch.set_num_threads(1)
+    numbers: dict[str, Any] = {}
     model = umup.Decoder(256, width=160, depth=12, seq_len=64, num_heads=4)
     for param in model.parameters():
         param.grad = torch.randn_like(param)
@@ -27,6 +36,7 @@ def main() -> None:
     print(
         f"{len(params)} tensors, {sum(p.numel() for p in params)} parameters, {len(groups)} groups"
     )
+    numbers |= {"tensors": len(params), "groups": len(groups)}
     for options in ({"fused": True}, {"foreach": True}):
         every: dict[str, Any] = {
             "one": kind(params, lr=1e-6, **options),
@@ -44,6 +54,8 @@ def main() -> None:
         ratios = {name: ms / found["one"] for name, ms in found.items()}
         shown = ", ".join(f"{name} {ms:.2f} ms ({ratios[name]:.2f}x)" for name, ms in found.items())
         print(f"{next(iter(options))}: {shown}")
+        numbers[next(iter(options))] = found
+    save(args.out, numbers)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Slopes of log2(RMS of the change of a parameter's own layer) over log2(width), w
 0 is wanted. "Others" are learning rates and multipliers of unit-scaling 0.3.5, written out: bias
 inside the multiplier, one rule for embeddings and matrices. "fan_in^+1/2" is the exponent that it
 had for SGD before. CPU, one thread, about two minutes.
+
+    python docs/benchmarks/umup_slopes.py [--out FILE]
 """
 
 from __future__ import annotations
@@ -11,15 +13,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from record import save
 from torch import Tensor, nn
 
 from mixprec import umup
 from mixprec.umup.checks.coordinates import check_coordinates
 
 ROWS, VOCAB, CLASSES = 32, 64, 16
+PARAMETERS = (
+    *("embedding", "input W", "input b", "branch norm", "hidden W", "hidden b", "last hidden W"),
+    *("last hidden b", "norm", "norm b", "readout W", "readout b"),
+)
+"""Those of `Model`, in order."""
 
 
 class Lion(torch.optim.Optimizer):
@@ -142,6 +151,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--only", help="rules whose name contains this")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     g = torch.Generator().manual_seed(0)
@@ -172,7 +182,8 @@ def main() -> None:
             lambda m: others(m, lambda g: torch.optim.AdamW(g, weight_decay=0.0)),
         ),
     }
-    header: list[str] = []
+    print("| rule | " + " | ".join(PARAMETERS) + " |\n|---|" + "---|" * len(PARAMETERS))
+    numbers: dict[str, dict[str, float]] = {}
     for name, (layers, make_optimizer) in runs.items():
         if args.only and args.only not in name:
             continue
@@ -183,14 +194,10 @@ def main() -> None:
             make_optimizer,
             seeds=range(args.seeds),
         )
-        if not header:
-            header = list(report.parameters)
-            print("| rule | " + " | ".join(header) + " |\n|---|" + "---|" * len(header))
-        print(
-            f"| {name} | "
-            + " | ".join(f"{s.slope:+.2f}" for s in report.parameters.values())
-            + " |"
-        )
+        slopes = [found.slope for found in report.parameters.values()]
+        print(f"| {name} | " + " | ".join(f"{slope:+.2f}" for slope in slopes) + " |", flush=True)
+        numbers[name] = dict(zip(PARAMETERS, slopes, strict=True))
+        save(args.out, numbers)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ initial values, or deviation 0.02 for the decoder as in GPT-2, and one learning 
 loss is a mean over the last fifth of the steps. CPU, one thread: minutes for the MLP, most of an
 hour for the decoder.
 
-    python docs/benchmarks/umup_transfer.py --task mlp --out .
+    python docs/benchmarks/umup_transfer.py --task mlp [--out FILE [--add]]
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from record import runs_of, save
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon
 
@@ -185,7 +187,21 @@ SWEEPS: dict[tuple[str, str], tuple[range, range]] = {
     ("decoder", "SGD"): (range(-13, -5), range(-11, 0)),
     ("decoder", "Muon"): (range(-7, 1), range(-9, -1)),
 }
+NAMES = {"SGD": "SGD, momentum 0.9"}
 OPTIMIZERS = {"AdamW": AdamW, "SGD": SGD, "Muon": Muon}
+
+
+def summary(report: umup.TransferReport) -> dict[str, Any]:
+    """Best rates, as powers of two, and the loss of the widest with the rate of the narrowest."""
+    exponents = [math.log2(rate) for rate in report.best.values()]
+    widest = list(report.losses.values())[-1]
+    first, *_, last = report.best.values()
+    return {
+        "best": [round(e) for e in exponents],
+        "octaves": round(report.drift),
+        "loss": widest[first],
+        "own": widest[last],
+    }
 
 
 def main() -> None:
@@ -195,7 +211,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128, 256, 512])
     parser.add_argument("--steps", type=int, default=0, help="200 for the MLP, 60 for the decoder")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="folder for the pictures")
+    parser.add_argument("--pictures", type=Path, help="folder for them")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep what else is in the file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     mlp = args.task == "mlp"
@@ -205,6 +223,8 @@ def main() -> None:
         ("unit-scaled", unit_mlp if mlp else unit_decoder, unit_optimizers),
         ("standard", standard_mlp if mlp else standard_decoder, standard_optimizers),
     ]
+    before = runs_of(args.out) if args.add else []
+    numbers: dict[str, Any] = {}
     for name in args.optimizers:
         for (what, make_model, make_optimizers), exponents in zip(
             kinds, SWEEPS[args.task, name], strict=True
@@ -217,9 +237,12 @@ def main() -> None:
             title = f"{args.task}, {name}, {what}"
             print(f"{title} ({steps} steps, {args.seeds} seeds, {time.time() - begin:.0f} s)")
             print(f"{report}\n", flush=True)
-            if args.out:
+            task = "MLP" if mlp else "decoder"
+            numbers[f"{task}; {NAMES.get(name, name)}; {what}"] = summary(report)
+            save(args.out, numbers, onto=before)
+            if args.pictures:
                 file = f"umup-{args.task}-{name}-{what}.svg".lower()
-                (args.out / file).write_text(report.svg(title))
+                (args.pictures / file).write_text(report.svg(title))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a watch costs: a training step without one, with one, and with one that samples.
 
-    python docs/benchmarks/watch_cost.py [--rounds 15]
+    python docs/benchmarks/watch_cost.py [--rounds 15] [--threads 1] [--out FILE]
 
 A stack of two-matrix blocks under AdamW, BF16 weights on a GPU, FP32 on a CPU; medians of
 interleaved rounds.
@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from record import save
 from torch import Tensor, nn
 
 import mixprec
@@ -33,7 +35,10 @@ class Block(nn.Module):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     width, tokens, depth = (4096, 16384, 4) if on_gpu else (256, 1024, 4)
@@ -73,6 +78,11 @@ def main() -> None:
     for every, each in times.items():
         middle = statistics.median(each)
         print(f"every={every or '-'}: {1e3 * middle:.1f} ms a step, {middle / base:.2f}x")
+    numbers = {
+        **{"blocks": depth, "tokens": tokens, "width": width, "dtype": str(dtype)},
+        "ms": {str(every): 1e3 * statistics.median(each) for every, each in times.items()},
+    }
+    save(args.out, numbers)
 
 
 if __name__ == "__main__":

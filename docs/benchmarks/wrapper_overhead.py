@@ -5,23 +5,26 @@ step is what the wrapper promises: FP32 copies of the gradients, their norm and 
 finite, the fused rule on FP32 masters, and weights copied back. The variants run interleaved, a
 step each in turn; medians.
 
-    python docs/benchmarks/wrapper_overhead.py [--threads N] [--rounds N] [--max-grad-norm X]
+    python docs/benchmarks/wrapper_overhead.py [--rounds N] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from record import save
 from torch import Tensor, nn
 
 import mixprec
 
 WIDTH, LAYERS, VOCAB = 320, 6, 2048
+SETTINGS: list[tuple[int, float | None]] = [(1, None), (2, None), (2, 1.0)]
+"""Threads, and the norm that gradients are clipped to."""
 
 
 def shapes() -> list[tuple[int, ...]]:
@@ -81,29 +84,34 @@ def medians(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, f
     return {name: statistics.median(found) for name, found in times.items()}
 
 
+def measure(threads: int, max_grad_norm: float | None, rounds: int) -> dict[str, float]:
+    torch.set_num_threads(threads)
+    variants = {
+        "by hand": by_hand(max_grad_norm),
+        "full": wrapped("full", max_grad_norm),
+        "split": wrapped("split", max_grad_norm),
+    }
+    return medians(variants, rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--max-grad-norm", type=float, default=None)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    found = medians(
-        {
-            "by hand, FP32 masters": by_hand(args.max_grad_norm),
-            "full masters": wrapped("full", args.max_grad_norm),
-            "split masters": wrapped("split", args.max_grad_norm),
-        },
-        args.rounds,
-    )
     count = sum(p.numel() for p in parameters())
-    print(
-        f"{count:,} parameters in {len(shapes())} tensors, {args.threads} threads, "
-        f"torch {torch.__version__}, python {platform.python_version()}, {platform.machine()}"
-    )
-    base = found["by hand, FP32 masters"]
-    for name, value in found.items():
-        print(f"{name:24s} {value:7.2f} ms  {value / base:5.2f}x")
+    print(f"{count:,} parameters in {len(shapes())} tensors, torch {torch.__version__}")
+    rows: list[dict[str, float | None]] = []
+    for threads, max_grad_norm in SETTINGS:
+        ms = measure(threads, max_grad_norm, args.rounds)
+        rows.append({"threads": threads, "max_grad_norm": max_grad_norm, **ms})
+        for name, value in ms.items():
+            print(
+                f"{threads} threads, norm {max_grad_norm}, {name:8s} {value:7.2f} ms  "
+                f"{value / ms['by hand']:5.2f}x"
+            )
+    numbers = {"parameters": count, "tensors": len(shapes()), "rounds": args.rounds, "rows": rows}
+    save(args.out, numbers)
 
 
 if __name__ == "__main__":
