@@ -95,21 +95,29 @@ def scale_(grads: Iterable[Tensor], factor: Tensor | float) -> None:
     """Multiply gradients by `factor` in place.
 
     A 0-d FP64 `factor` is rounded once, to the gradient's own dtype, so powers of two stay exact.
-    16-bit gradients would be rounded as well and may underflow: give FP32 ones.
+    16-bit gradients would be rounded as well and may underflow: give FP32 ones. Two gradients that
+    are one memory, as after `q.grad = p.grad.detach()`, are multiplied once.
 
     >>> import torch
     >>> grad = torch.tensor([2.0, 6.0])
-    >>> scale_([grad], 0.5)
+    >>> scale_([grad, grad.detach()], 0.5)
     >>> grad
     tensor([1., 3.])
     """
-    stored = (grad._values() if grad.is_sparse else grad for grad in map(local, grads))
+    values = (grad._values() if grad.is_sparse else grad for grad in map(local, grads))
+    stored = {_memory(grad): grad for grad in values}.values()
     for group in _by_device_and_dtype(enumerate(stored)):
         same = [grad for _, grad in group]
         if isinstance(factor, Tensor):
             torch._foreach_mul_(same, factor.to(same[0].device))
         else:
             torch._foreach_mul_(same, factor)
+
+
+def _memory(tensor: Tensor) -> object:
+    """What is equal for tensors that are one memory. A subclass may have its own elsewhere."""
+    plain = type(tensor) is Tensor and tensor.numel()
+    return (tensor.device, tensor.data_ptr(), tensor.numel()) if plain else id(tensor)
 
 
 def once(grads: Iterable[Tensor]) -> list[Tensor]:

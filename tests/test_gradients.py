@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import SGD
 
+import mixprec
 from mixprec.gradients import grad_norm, local, nonfinite_names, scale_
 
 SIXTEEN_BITS = [torch.bfloat16, torch.float16]
@@ -114,3 +118,22 @@ def test_names_come_in_order_up_to_the_limit_and_skip_missing_gradients() -> Non
 def test_a_plain_tensor_is_its_own_local_part() -> None:
     tensor = torch.ones(2)
     assert local(tensor) is tensor
+
+
+@pytest.mark.parametrize("view", [Tensor.detach, lambda grad: grad.view(3, 2), Tensor.t])
+def test_one_memory_in_two_gradients_is_scaled_once(view: Any) -> None:
+    grad = torch.arange(6.0).reshape(2, 3)
+    before = grad.clone()
+    scale_([grad, view(grad), torch.empty(0), torch.empty(0)], torch.tensor(0.5))
+    assert torch.equal(grad, before / 2)
+
+
+def test_a_step_scales_gradients_that_share_their_memory_once() -> None:
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    scaler = mixprec.StaticLossScaler(4.0)
+    optimizer = mixprec.MixedPrecision(SGD(params, lr=1.0), loss_scaler=scaler)
+    scaler.multiply(torch.ones(()))
+    params[0].grad = torch.full((3,), 2.0)
+    params[1].grad = params[0].grad.detach()
+    optimizer.step()
+    assert [p.tolist() for p in params] == [[0.5] * 3] * 2
