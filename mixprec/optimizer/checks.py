@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec.optimizer.arguments import check_weights
+from mixprec.optimizer.masters import LOW
 from mixprec.optimizer.rule.admission import accepts_sparse
 from mixprec.optimizer.setup import Setup
 
@@ -24,7 +25,8 @@ class ParamChecks:
         self.checked = False
         """Whether the weights were looked at, as they are once before the first step."""
         self._takes_sparse: bool | None = None
-        self._dtypes: Any = WeakIdKeyDictionary()
+        self.dtypes: Any = WeakIdKeyDictionary()
+        """What parameters were when their masters were first seen."""
 
     def first_look(self) -> None:
         """Refuse weights that no run should begin with."""
@@ -35,14 +37,11 @@ class ParamChecks:
     def __call__(self, params: Iterable[Tensor]) -> None:
         """Refuse parameters of another shape or dtype, and gradients that the rule cannot take."""
         setup, params = self._setup, list(params)
-        self.shapes(params)
         for p in params:
-            if self._dtypes.setdefault(p, p.dtype) != p.dtype:
-                raise RuntimeError(
-                    f"{setup.name(p)} was {self._dtypes[p]} when its optimizer state was made and "
-                    f"is {p.dtype} now; nothing was updated. Convert the model before it is given "
-                    f"to an optimizer, or build the optimizer anew."
-                )
+            if self.dtypes.setdefault(p, p.dtype) != p.dtype:
+                self._refuse_cast(p)
+        self.masters(params)
+        for p in params:
             if p.grad is not None and p.grad.layout != torch.strided and setup.store.has(p):
                 self._sparse(p)
 
@@ -57,10 +56,32 @@ class ParamChecks:
                 f"Adagrad, or an embedding with sparse=False."
             )
 
-    def shapes(self, params: Iterable[Tensor]) -> None:
-        """Refuse a parameter that was resized or replaced in place, its master left behind."""
+    def note_masters(self) -> None:
+        """Remember what parameters are whose masters were set or loaded."""
         setup = self._setup
-        for param in filter(setup.store.has, params):
+        for param in setup.params():
+            if setup.store.known(setup.state, param):
+                self.dtypes.setdefault(param, param.dtype)
+
+    def _refuse_cast(self, param: Tensor) -> NoReturn:
+        before = self.dtypes[param]
+        raise RuntimeError(
+            f"{self._setup.name(param)} was {before} when its optimizer state was made and is "
+            f"{param.dtype} now, so its master is lost to it; nothing was done. Cast it back, "
+            f"model.to({before}), which is exact where it has become FP32. For FP32 weights call "
+            f"fp32_state_dict(model) before a cast; to train on in another dtype, cast the model "
+            f"and build the optimizer anew."
+        )
+
+    def masters(self, params: Iterable[Tensor]) -> None:
+        """Refuse a parameter that was cast, resized or replaced in place, without its master."""
+        setup = self._setup
+        for param in params:
+            before = self.dtypes.get(param)
+            if before in LOW and before != param.dtype and not setup.in_model:
+                self._refuse_cast(param)
+            if not setup.store.has(param):
+                continue
             stored = setup.store.stored(setup.state, param)
             if stored is not None and stored.shape != param.shape:
                 raise ValueError(
@@ -71,7 +92,7 @@ class ParamChecks:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in vars(self).items() if k != "_dtypes"}
+        return {k: v for k, v in vars(self).items() if k != "dtypes"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _dtypes=WeakIdKeyDictionary())
+        vars(self).update(state, dtypes=WeakIdKeyDictionary())

@@ -276,7 +276,7 @@ class MixedPrecision(Optimizer):
         use `masters_in_model` or write to the parameters.
         """
         self._begin()
-        self._check.shapes(self._setup.params())
+        self._check.masters(self._setup.params())
         for param in self._setup.params():
             with torch.no_grad():  # never around the yield: the caller's code would run inside
                 master = self._store.master(self.state, param)
@@ -316,6 +316,7 @@ class MixedPrecision(Optimizer):
             yield
         finally:
             self._recovery.leave(Leaving(self._setup, held, wide))
+        self._check.note_masters()
         self._outcome.tell_infinite()
 
     @torch.no_grad()
@@ -330,7 +331,7 @@ class MixedPrecision(Optimizer):
             ValueError: if the model holds none of this optimizer's parameters.
         """
         self._begin("fp32_state_dict()")
-        self._check.shapes(self._setup.params())
+        self._check.masters(self._setup.params())
         self._loaded.become_params()
         return fp32_weights.fp32_state_dict(model, self.masters())
 
@@ -343,7 +344,7 @@ class MixedPrecision(Optimizer):
                 infinite in a 16-bit parameter; nothing is changed then.
         """
         self._begin()
-        self._check.shapes(self._setup.params())
+        self._check.masters(self._setup.params())
         ours = {id(param) for param in self._setup.params() if self._store.has(param)}
 
         def set_master(param: Tensor, value: Tensor) -> bool:
@@ -352,6 +353,7 @@ class MixedPrecision(Optimizer):
             return id(param) in ours
 
         fp32_weights.load_fp32_state_dict(model, state_dict, set_master)
+        self._check.note_masters()
 
     @torch.no_grad()
     def adopt_params(self, params: Iterable[Tensor] | None = None) -> None:
@@ -367,7 +369,7 @@ class MixedPrecision(Optimizer):
         self._begin()
         self._setup.refuse_in_model("adopt_params()", "the weights will be rounded from")
         chosen = list(self._setup.params() if params is None else params)
-        self._check.shapes(chosen)
+        self._check.masters(chosen)
         for param in chosen:
             if self._store.known(self.state, param):
                 self._store.set(self.state, param, self._store.master(self.state, param))
@@ -439,6 +441,7 @@ class MixedPrecision(Optimizer):
     def _make_state(self) -> None:
         self._begin("init_state()")
         self._setup.refuse_in_model("init_state()", "are no state")
+        self._check.masters(self._setup.params())
         self._ready()
         admission = self._calls.admission
         if admission is not None and admission.calls_closure:
@@ -479,13 +482,15 @@ class MixedPrecision(Optimizer):
     @torch.no_grad()
     def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        self._check.shapes(self._setup.params())
+        self._check.masters(self._setup.params())
         state = dict(state_dict["state"])
         wide = {id(param): master for param, master in self._loaded.wide}
         for key, param in zip(ids, self._setup.params(), strict=True):
             if key in state:
                 state[key] = self._fused.held.decoded(state[key], param)
-            adopted = bool(state.get(key)) and self._store.has(param)  # it starts from the weight
+            # A 16-bit one without a master starts from the weight; one that was FP32 has had none.
+            was_fp32 = self._check.dtypes.get(param, param.dtype) not in LOW
+            adopted = bool(state.get(key)) and self._store.has(param) and not was_fp32
             if adopted or self._store.known(self.state, param):
                 state[key] = {**state.get(key, {}), MASTER: self._store.master(self.state, param)}
             elif id(param) in wide:
@@ -529,7 +534,8 @@ class MixedPrecision(Optimizer):
 
     def _commit(self, loaded: loading.Loaded) -> None:
         inner, store, scaler = self.inner, self._store, self.loss_scaler
-        parts = [self, inner, store, self._fused, self._loaded, self._outcome, self._recovery]
+        parts = [self, inner, store, self._fused, self._loaded, self._outcome]
+        parts += [self._recovery, self._check]
         before = loading.Before(
             [*parts, *([] if scaler is None else [scaler])], [*self.param_groups, inner.defaults]
         )
@@ -545,6 +551,8 @@ class MixedPrecision(Optimizer):
             self._recovery.accept()
             self._fused.adopt(self._setup.params())
             self._loaded.take(loaded)
+            self._check.dtypes = WeakIdKeyDictionary()
+            self._check.note_masters()
             if scaler is not None and scaler.get_scale() != scale:
                 # Gradients at hand carry the scale of before; the next step has to have new ones.
                 self._outcome.forget_losses()
@@ -557,6 +565,7 @@ class MixedPrecision(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         self._setup.refuse_in_model("copying", "would be FP32 for ever in the copy")
         self._begin("copying this optimizer")
+        self._check.masters(self._setup.params())
         shared = {"state", "param_groups", "defaults"}
         own = {k: v for k, v in vars(self).items() if _is_picklable(k)}
         rule = {k: v for k, v in vars(self.inner).items() if k not in shared and _is_picklable(k)}
@@ -577,6 +586,7 @@ class MixedPrecision(Optimizer):
         self.inner._patch_step_function()
         self._store.forget_versions()
         self._fused.adopt(self._setup.params())
+        self._check.note_masters()
         take_over(self)
         guard_inner_step(self)
 

@@ -1359,3 +1359,74 @@ def test_a_schedule_over_the_inner_rule_is_copied_with_it(
     assert other.state is other.inner.state
     following.step()
     assert other.param_groups[0]["lr"] == 0.25 and optimizer.param_groups[0]["lr"] == 0.5
+
+
+# ---------------------------------------- casts behind the optimizer's back
+
+READS: dict[str, Callable[[Any, nn.Module], Any]] = {
+    "state_dict": lambda optimizer, model: optimizer.state_dict(),
+    "masters": lambda optimizer, model: list(optimizer.masters()),
+    "fp32_state_dict": lambda optimizer, model: optimizer.fp32_state_dict(model),
+    "load_fp32_state_dict": lambda optimizer, model: optimizer.load_fp32_state_dict(
+        model, {name: torch.ones(value.shape) for name, value in model.state_dict().items()}
+    ),
+    "masters_in_model": lambda optimizer, model: optimizer.masters_in_model().__enter__(),
+    "adopt_params": lambda optimizer, model: optimizer.adopt_params(),
+    "init_state": lambda optimizer, model: optimizer.init_state(),
+    "deepcopy": lambda optimizer, model: copy.deepcopy(optimizer),
+    "step": lambda optimizer, model: optimizer.step(),
+}
+
+
+def _cast_run(how: str, fused: bool) -> tuple[nn.Module, Any]:
+    """A BF16 model whose masters are not its weights, however they came."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).bfloat16()
+    optimizer = mixprec.MixedPrecision(AdamW(model.named_parameters(), lr=1e-3), fused=fused)
+    if how == "fp32 weights":
+        weights = {name: torch.rand(value.shape) for name, value in model.state_dict().items()}
+        optimizer.load_fp32_state_dict(model, weights)
+        return model, optimizer
+    model(torch.ones(2, 4).bfloat16()).float().square().sum().backward()
+    optimizer.step()
+    if how == "loaded":
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = mixprec.MixedPrecision(AdamW(model.named_parameters(), lr=1e-3), fused=fused)
+        optimizer.load_state_dict(saved)
+    if how == "copied":
+        model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("how", ["stepped", "loaded", "copied", "fp32 weights"])
+@pytest.mark.parametrize("to", [torch.float32, torch.float16, torch.float64])
+def test_nothing_is_read_from_masters_whose_parameters_were_cast(how: str, to: torch.dtype) -> None:
+    for fused in (False, True)[: 1 + (how == "stepped")]:
+        model, optimizer = _cast_run(how, fused)
+        before = optimizer.fp32_state_dict(model)
+        model.to(to)
+        text = (
+            rf"weight was torch\.bfloat16 when its optimizer state was made and is {to} now, so "
+            r"its master is lost to it; nothing was done\. Cast it back, model\.to\(torch\.bfloat16"
+            r"\), which is exact where it has become FP32\. For FP32 weights call "
+            r"fp32_state_dict\(model\) before a cast"
+        )
+        for name, read in READS.items():
+            if name == "step" and fused and to == torch.float64:
+                continue  # refused for that alone
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            with pytest.raises(RuntimeError, match=text):
+                read(optimizer, model)
+        model.bfloat16()
+        after = optimizer.fp32_state_dict(model)
+        assert to == torch.float16 or all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_fp32_parameters_that_were_cast_save_no_master() -> None:
+    model = nn.Linear(4, 3)
+    optimizer = mixprec.MixedPrecision(AdamW(model.parameters(), lr=1e-3))
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    model.half()  # to export it
+    assert not any("master" in entry for entry in optimizer.state_dict()["state"].values())
