@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +31,12 @@ from losses import (
 )
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.testing._internal import common_methods_invocations as torch_samples
-from torch.testing._internal import common_nn
 from torch.utils.checkpoint import checkpoint
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what torch's tests import says things of its own
+    from torch.testing._internal import common_methods_invocations as torch_samples
+    from torch.testing._internal import common_nn
 
 from mixprec.accumulation import GradientAccumulator
 from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
