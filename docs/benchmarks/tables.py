@@ -648,51 +648,55 @@ def _fsdp(what: str) -> list[list[str]]:
     return [[cell] for cell in times_faster(times, _FSDP, "bf16")]
 
 
+_TRAINED = {
+    "static": "`static`",
+    "static, mean loss": "`static`, mean over 2¹⁸ tokens",
+    "adaptive": "`adaptive`",
+    "adaptive, mean loss": "`adaptive`, mean over 2¹⁸ tokens",
+    "tensorwise": "`tensorwise`",
+    "rowwise": "`rowwise`",
+    "nudged": "no FP8, initial weights off by 2⁻⁶ of themselves",
+}
+
+
 @figures
 def fp8_toy() -> str:
-    names = {
-        "adaptive": "`adaptive`",
-        "tensorwise": "`tensorwise`",
-        "rowwise": "`rowwise`",
-        "static": "`static`",
-        "static, a sum": "`static`, a sum: up to 9 % of dY and 8 % of x became zero",
-        "static, mean over 2^18 tokens": "`static`, mean over 2¹⁸ tokens: 100 % of dY became zero",
-        "adaptive, mean over 2^18 tokens": "`adaptive`, mean over 2¹⁸ tokens",
-        "nudged": "no FP8, initial weights off by 2⁻⁶ of themselves",
-    }
-    titles = {
-        "unit-scaled": "unit-scaled",
-        "seed 0": "GPT-2's parametrisation, seed 0",
-        "seed 1": "seed 1",
-    }
     rows: list[list[str]] = []
-    for kind, losses in numbers("float8_training_toy").items():
-        base = losses["without FP8"]
-        first = [titles[kind], f"{base:.4f}"]
-        for way, loss in losses.items():
-            if way != "without FP8":
-                rows.append(
-                    [*first, names[way], f"{loss:.4f}", f"{100 * (loss / base - 1):+.2f} %"]
-                )
-                first = ["", ""]
+    for kind, ways in numbers("float8_training_toy").items():
+        base = ways["without FP8"]["loss"]
+        first = [kind, f"{base:.4f}"]
+        for way in (way for way in _TRAINED if way in ways):
+            lost = ways[way].get("flushed", {})
+            shares = [
+                f"{100 * lost[operand]:.0f} % of {name}"
+                for operand, name in (("grad_output", "dY"), ("input", "x"))
+                if lost.get(operand, 0) > 0.02
+            ]
+            zero = f": up to {' and '.join(shares)} became zero" if shares else ""
+            loss = ways[way]["loss"]
+            above = f"{100 * (loss / base - 1):+.2f} %"
+            rows.append([*first, f"{_TRAINED[way]}{zero}", f"{loss:.4f}", above])
+            first = ["", ""]
     return grid(["", "without FP8", "", "loss", ""], rows, origin("float8_training_toy"))
 
 
 @figures
 def fp8_training() -> str:
     found = numbers("float8_training")
+    losses = {kind: {way: row["loss"] for way, row in ways.items()} for kind, ways in found.items()}
+    seeds = [ways for kind, ways in losses.items() if kind.startswith("seed")]
+    each = ("without FP8", "nudged", "adaptive")
+    losses = {
+        **{kind: ways for kind, ways in losses.items() if ways in seeds},
+        "mean of the seeds": {way: sum(ways[way] for ways in seeds) / len(seeds) for way in each},
+        **{kind: ways for kind, ways in losses.items() if ways not in seeds},
+    }
     rows: list[list[str]] = []
-    for kind, row in found.items():
-        fp8 = ", ".join(f"`{way}` {row[way]:+.2f} %" for way in _RECIPES if way in row)
-        rows.append([kind, f"{row['loss']:.4f}", f"{row['nudged']:+.2f} %", fp8])
-    seeds = [row for kind, row in found.items() if "seed" in kind]
-    base = sum(row["loss"] for row in seeds)
-    nudged, fp8 = (
-        sum(row["loss"] * row[key] for row in seeds) / base for key in ("nudged", "adaptive")
-    )
-    loss = f"{base / len(seeds):.4f}"
-    means = ["mean of the seeds", loss, f"{nudged:+.2f} %", f"`adaptive` {fp8:+.2f} %"]
-    rows.insert(len(seeds), means)
+    for kind, ways in losses.items():
+        base = ways["without FP8"]
+        above = {way: f"{100 * (loss / base - 1):+.2f} %" for way, loss in ways.items()}
+        fp8 = ", ".join(f"`{way}` {above[way]}" for way in _RECIPES if way in ways)
+        rows.append([kind, f"{base:.4f}", above["nudged"], fp8])
     return grid(["", "without FP8", "the same, nudged", "FP8"], rows, origin("float8_training"))
 
 
