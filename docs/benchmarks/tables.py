@@ -50,15 +50,15 @@ def numbers(name: str) -> dict[str, Any]:
 def origin(name: str, keys: Iterable[str] = ()) -> str:
     """Script, day, hardware and versions of a file, or of some of its numbers."""
     wanted = set(keys) or set(numbers(name))
+    used = [(run, [key for key in run["numbers"] if key in wanted]) for run in runs(name)]
+    used = sorted(((run, here) for run, here in used if here), key=lambda each: len(each[1]))
     parts: list[str] = []
-    for run in runs(name):
-        if not (here := [key for key in run["numbers"] if key in wanted]):
-            continue
+    for number, (run, here) in enumerate(used, 1):
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        some = f"{', '.join(here)}: " if len(here) < len(wanted) and run.get("transcribed") else ""
+        some = f"{', '.join(here)}: " if number < len(used) else "the others: "
         copied = f" (copied from {run['transcribed']})" if run.get("transcribed") else ""
         link = f"[{run['date']}](benchmarks/results/{name}.json)"
-        parts.append(f"{some}{link}{copied}, {run['hardware']}, {versions}")
+        parts.append(f"{some * (len(used) > 1)}{link}{copied}, {run['hardware']}, {versions}")
     script = re.search(r"docs/benchmarks/(\w+\.py)", runs(name)[0]["command"])
     assert script, f"{name} names no script"
     return f"[{script[1]}](benchmarks/{script[1]}): {'; '.join(parts)}."
@@ -834,7 +834,7 @@ def demo_without_logits() -> str:
 
 @figures
 def demo_origin() -> str:
-    return f"Both small tables and the last two numbers: {origin('demo_variants')}"
+    return f"Both small tables, and the losses without logits: {origin('demo_variants')}"
 
 
 @figures
