@@ -5,9 +5,9 @@ Python source of the standard library and of torch. Each pair of runs differs in
 multiply and in nothing else: same initial weights, same batches, AdamW around FP32 masters, losses
 summed over tokens and divided at the step. Compared is the mean training loss of the last steps.
 
-    python docs/benchmarks/float8_training.py --out runs/float8            # 100M, one GPU, minutes
-    python docs/benchmarks/float8_training.py --size toy --out runs/toy    # 0.8M, CPU, minutes
-    python docs/benchmarks/float8_training.py --quick                      # does it run at all
+    python docs/benchmarks/float8_training.py --curves DIR                # 100M, one GPU, minutes
+    python docs/benchmarks/float8_training.py --size toy --out FILE       # 0.8M, CPU, minutes
+    python docs/benchmarks/float8_training.py --quick                     # does it run at all
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import runs_of, save
 from torch import Tensor, nn
 from umup_transfer import StandardDecoder
 
@@ -279,6 +280,18 @@ def gap(outcome: Outcome, outcomes: list[Outcome], size: Size) -> float | None:
     return None
 
 
+def results(outcomes: list[Outcome], size: Size, seed: int) -> dict[str, dict[str, Any]]:
+    """Last losses, and the shares of dY and x that became zero, by decoder and run."""
+    found: dict[str, dict[str, Any]] = {}
+    for outcome in outcomes:
+        unit = outcome.run.unit
+        kind = f"unit-scaled, rate 2^{math.log2(size.unit_lr):g}" if unit else f"seed {seed}"
+        way = outcome.run.name.replace("unit-scaled, nudged", "nudged").replace(", unit-scaled", "")
+        row = {"loss": outcome.final(size.last), "flushed": outcome.flushed}
+        found.setdefault(kind, {})[way] = row
+    return found
+
+
 def describe(outcomes: list[Outcome], size: Size) -> str:
     rows = [("run", "loss", "above", "", "dY to 0", "x to 0", "tokens/s", "GiB")]
     for outcome in outcomes:
@@ -368,7 +381,9 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every run there is")
     parser.add_argument("--compile", action="store_true", help="compile each layer")
     parser.add_argument("--quick", action="store_true", help="20 steps of the toy on a CPU")
-    parser.add_argument("--out", type=Path, help="folder for the curves and all numbers")
+    parser.add_argument("--curves", type=Path, help="folder for the curves and all numbers")
+    parser.add_argument("--out", type=Path, help="the last losses alone")
+    parser.add_argument("--add", action="store_true", help="keep what else is in the file")
     args = parser.parse_args()
     names = ("steps", "rows", "micro_batches", "lr", "unit_lr", "warm_up", "max_grad_norm")
     given = {name: getattr(args, name) for name in names}
@@ -383,6 +398,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, FP8 emulated"
     print(f"{size}\n{len(text):,} bytes, {name}, torch {torch.__version__}", flush=True)
 
+    before = runs_of(args.out) if args.add else []
     outcomes: list[Outcome] = []
     for run in RUNS:
         if not (args.all or run.name in args.runs):
@@ -398,12 +414,13 @@ def main() -> None:
             f"{time.perf_counter() - began:.0f} s",
             flush=True,
         )
-        if args.out:  # after each run, in case the next is cut off
-            args.out.mkdir(parents=True, exist_ok=True)
+        save(args.out, results(outcomes, size, args.seed), onto=before)
+        if args.curves:  # after each run, in case the next is cut off
+            args.curves.mkdir(parents=True, exist_ok=True)
             numbers = {"size": asdict(size), "device": name, "runs": [*map(asdict, outcomes)]}
-            (args.out / "float8_training.json").write_text(json.dumps(numbers, indent=1))
+            (args.curves / "float8_training.json").write_text(json.dumps(numbers, indent=1))
             svg = draw_svg(curves(outcomes, size), picture(outcomes, size, name))
-            (args.out / "float8_training.svg").write_text(svg, "utf-8")
+            (args.curves / "float8_training.svg").write_text(svg, "utf-8")
     print("\n" + describe(outcomes, size))
     above = [gap(outcome, outcomes, size) for outcome in outcomes if outcome.run.name in DEFAULT]
     sys.exit(any(share is not None and abs(share) > EQUAL for share in above))

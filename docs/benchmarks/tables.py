@@ -50,15 +50,15 @@ def numbers(name: str) -> dict[str, Any]:
 def origin(name: str, keys: Iterable[str] = ()) -> str:
     """Script, day, hardware and versions of a file, or of some of its numbers."""
     wanted = set(keys) or set(numbers(name))
+    used = [(run, [key for key in run["numbers"] if key in wanted]) for run in runs(name)]
+    used = sorted(((run, here) for run, here in used if here), key=lambda each: len(each[1]))
     parts: list[str] = []
-    for run in runs(name):
-        if not (here := [key for key in run["numbers"] if key in wanted]):
-            continue
+    for number, (run, here) in enumerate(used, 1):
         versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-        some = f"{', '.join(here)}: " if len(here) < len(wanted) and run.get("transcribed") else ""
+        some = f"{', '.join(here)}: " if number < len(used) else "the others: "
         copied = f" (copied from {run['transcribed']})" if run.get("transcribed") else ""
         link = f"[{run['date']}](benchmarks/results/{name}.json)"
-        parts.append(f"{some}{link}{copied}, {run['hardware']}, {versions}")
+        parts.append(f"{some * (len(used) > 1)}{link}{copied}, {run['hardware']}, {versions}")
     script = re.search(r"docs/benchmarks/(\w+\.py)", runs(name)[0]["command"])
     assert script, f"{name} names no script"
     return f"[{script[1]}](benchmarks/{script[1]}): {'; '.join(parts)}."
@@ -648,51 +648,55 @@ def _fsdp(what: str) -> list[list[str]]:
     return [[cell] for cell in times_faster(times, _FSDP, "bf16")]
 
 
+_TRAINED = {
+    "static": "`static`",
+    "static, mean loss": "`static`, mean over 2¹⁸ tokens",
+    "adaptive": "`adaptive`",
+    "adaptive, mean loss": "`adaptive`, mean over 2¹⁸ tokens",
+    "tensorwise": "`tensorwise`",
+    "rowwise": "`rowwise`",
+    "nudged": "no FP8, initial weights off by 2⁻⁶ of themselves",
+}
+
+
 @figures
 def fp8_toy() -> str:
-    names = {
-        "adaptive": "`adaptive`",
-        "tensorwise": "`tensorwise`",
-        "rowwise": "`rowwise`",
-        "static": "`static`",
-        "static, a sum": "`static`, a sum: up to 9 % of dY and 8 % of x became zero",
-        "static, mean over 2^18 tokens": "`static`, mean over 2¹⁸ tokens: 100 % of dY became zero",
-        "adaptive, mean over 2^18 tokens": "`adaptive`, mean over 2¹⁸ tokens",
-        "nudged": "no FP8, initial weights off by 2⁻⁶ of themselves",
-    }
-    titles = {
-        "unit-scaled": "unit-scaled",
-        "seed 0": "GPT-2's parametrisation, seed 0",
-        "seed 1": "seed 1",
-    }
     rows: list[list[str]] = []
-    for kind, losses in numbers("float8_training_toy").items():
-        base = losses["without FP8"]
-        first = [titles[kind], f"{base:.4f}"]
-        for way, loss in losses.items():
-            if way != "without FP8":
-                rows.append(
-                    [*first, names[way], f"{loss:.4f}", f"{100 * (loss / base - 1):+.2f} %"]
-                )
-                first = ["", ""]
+    for kind, ways in numbers("float8_training_toy").items():
+        base = ways["without FP8"]["loss"]
+        first = [kind, f"{base:.4f}"]
+        for way in (way for way in _TRAINED if way in ways):
+            lost = ways[way].get("flushed", {})
+            shares = [
+                f"{100 * lost[operand]:.0f} % of {name}"
+                for operand, name in (("grad_output", "dY"), ("input", "x"))
+                if lost.get(operand, 0) > 0.02
+            ]
+            zero = f": up to {' and '.join(shares)} became zero" if shares else ""
+            loss = ways[way]["loss"]
+            above = f"{100 * (loss / base - 1):+.2f} %"
+            rows.append([*first, f"{_TRAINED[way]}{zero}", f"{loss:.4f}", above])
+            first = ["", ""]
     return grid(["", "without FP8", "", "loss", ""], rows, origin("float8_training_toy"))
 
 
 @figures
 def fp8_training() -> str:
     found = numbers("float8_training")
+    losses = {kind: {way: row["loss"] for way, row in ways.items()} for kind, ways in found.items()}
+    seeds = [ways for kind, ways in losses.items() if kind.startswith("seed")]
+    each = ("without FP8", "nudged", "adaptive")
+    losses = {
+        **{kind: ways for kind, ways in losses.items() if ways in seeds},
+        "mean of the seeds": {way: sum(ways[way] for ways in seeds) / len(seeds) for way in each},
+        **{kind: ways for kind, ways in losses.items() if ways not in seeds},
+    }
     rows: list[list[str]] = []
-    for kind, row in found.items():
-        fp8 = ", ".join(f"`{way}` {row[way]:+.2f} %" for way in _RECIPES if way in row)
-        rows.append([kind, f"{row['loss']:.4f}", f"{row['nudged']:+.2f} %", fp8])
-    seeds = [row for kind, row in found.items() if "seed" in kind]
-    base = sum(row["loss"] for row in seeds)
-    nudged, fp8 = (
-        sum(row["loss"] * row[key] for row in seeds) / base for key in ("nudged", "adaptive")
-    )
-    loss = f"{base / len(seeds):.4f}"
-    means = ["mean of the seeds", loss, f"{nudged:+.2f} %", f"`adaptive` {fp8:+.2f} %"]
-    rows.insert(len(seeds), means)
+    for kind, ways in losses.items():
+        base = ways["without FP8"]
+        above = {way: f"{100 * (loss / base - 1):+.2f} %" for way, loss in ways.items()}
+        fp8 = ", ".join(f"`{way}` {above[way]}" for way in _RECIPES if way in ways)
+        rows.append([kind, f"{base:.4f}", above["nudged"], fp8])
     return grid(["", "without FP8", "the same, nudged", "FP8"], rows, origin("float8_training"))
 
 
@@ -830,7 +834,7 @@ def demo_without_logits() -> str:
 
 @figures
 def demo_origin() -> str:
-    return f"Both small tables and the last two numbers: {origin('demo_variants')}"
+    return f"Both small tables, and the losses without logits: {origin('demo_variants')}"
 
 
 @figures
