@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import UPDATE
 from frozen import difference, frozen
 from rules import Recipe, torch_recipes
 from small_rules import Rule, params, recordings
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
-from mixprec.fused.admission import TOLERANCE, admit_fused
+from mixprec.fused.admission import admit_fused
 from mixprec.fused.dispatch import NotFusible, Recorder
 from mixprec.fused.program import OPERATIONS, Op, Program
 from mixprec.fused.record import Probe, RuleState
@@ -235,7 +236,7 @@ def test_fifty_steps_of_a_program_stay_within_tolerance_of_the_rule(
     distance = (master - weight.detach()).abs().max()
     # Each step may round the master once otherwise, by half its spacing.
     spacing = 50 * 2.0**-24 * weight.detach().abs().max()
-    assert distance <= TOLERANCE * (weight.detach() - begin).abs().max() + spacing
+    assert distance <= UPDATE * (weight.detach() - begin).abs().max() + spacing
     if not foreach or rule in ("SGD", "Lion"):
         assert distance == 0
 
