@@ -35,6 +35,28 @@ def test_a_program_may_be_off_by_two_millionths_of_an_update_and_no_more(
     assert fusible or "differs from the rule itself: the parameter after trial step" in found.reason
 
 
+class StraysLate(Rule):
+    """Off by less than is allowed, from its twentieth step on."""
+
+    def update(self, group: Any, p: Any, grad: Tensor, state: Any) -> None:
+        state["steps"] = state.get("steps", 0) + 1
+        strays = state["steps"] >= 20 and not _is_probe(p)
+        p.add_(grad, alpha=-group["lr"] * (1.0 + 1e-6 * strays))
+
+
+def test_a_program_is_exact_if_it_is_so_afresh_and_from_the_state_that_there_is() -> None:
+    weights = params()
+    optimizer = StraysLate(weights)
+    assert admit_fused(optimizer, 0).exact
+    for _ in range(20):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    found = admit_fused(optimizer, 0)
+    assert found.fusible and not found.exact
+    assert "equals the rule within 2e-06 of each update" in found.reason
+
+
 class EndsOffOne(Rule):
     """Ends at 1, in a recording, and some spacings of 2^-23 further in truth."""
 
