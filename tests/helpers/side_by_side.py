@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
+from bounds import SPACING, UPDATE
 from frozen import difference, frozen
 from oracle import Oracle, Setup, equal, unscaled
 from torch import Tensor, nn
@@ -29,10 +30,6 @@ import mixprec
 
 Write = Literal["no_grad", "data", "vector"]
 
-UPDATE_TOLERANCE = 2e-6
-"""What a fused rule promises: 16 roundings of 2^-24, in the program and in the rule."""
-SPACING = 2.0**-23
-"""The master is a rounded sum of old value and update."""
 PRESUMED_TOKENS = 16
 
 
@@ -193,7 +190,7 @@ class Pair:
         for place, (_, found) in enumerate(self.optimizer.masters()):
             master = self.oracle.masters[place]
             update = (master - before[place]).abs().max()
-            allowed = UPDATE_TOLERANCE * update + SPACING * master.abs().max()
+            allowed = UPDATE * update + SPACING * master.abs().max()
             assert (found - master).abs().max() <= allowed, f"master {place} is off"
             if not equal(found, master):
                 master.copy_(found)
@@ -207,7 +204,7 @@ class Pair:
 
     def _compare_state(self, right: Tensor, found: Tensor, what: str) -> None:
         # A running mean may cancel: its error is that of its terms, gradients below 2.
-        allowed = UPDATE_TOLERANCE * max(float(right.abs().max()), 4.0)
+        allowed = UPDATE * max(float(right.abs().max()), 4.0)
         assert (found - right).abs().max() <= allowed, f"{what} is off"
 
     def window(self, seed: int, tokens: list[int], *, bad: float | None, finish: bool) -> None:

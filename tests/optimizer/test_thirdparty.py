@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import SPACING, UPDATE
 from comparison import STORAGES, Masters, Outcome, compare
 from rules import Recipe, torch_recipes
 from thirdparty_rules import other_recipes, pytorch_optimizer_recipes
 
 from mixprec.optimizer import MixedPrecision
-from mixprec.optimizer.fused.self_check import SPACING, TOLERANCE
 
 pytestmark = pytest.mark.thirdparty
 
@@ -205,7 +205,7 @@ def test_fifty_steps_of_every_program_stay_within_tolerance_of_the_rule(rule: st
     for (left, right), first in zip(pairs, begin, strict=True):
         way, size = (left - first).detach().abs().max(), left.detach().abs().max()
         # Each step may round the master otherwise by half its spacing.
-        allowed = TOLERANCE * way + 50 * SPACING / 2 * size
+        allowed = UPDATE * way + 50 * SPACING / 2 * size
         assert (left - right).detach().abs().max() <= allowed
 
 

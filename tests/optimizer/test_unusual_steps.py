@@ -86,12 +86,14 @@ def test_masters_that_were_set_before_a_first_step_outlive_its_failure(masters: 
     assert torch.equal(master, set_to - 0.1)
 
 
-def test_a_state_that_was_replaced_is_the_rules_too() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_that_was_replaced_is_the_rules_too(fused: bool) -> None:
     weight, bare = (nn.Parameter(torch.ones(2, dtype=t)) for t in (torch.bfloat16, torch.float32))
-    optimizer = mixprec.MixedPrecision(SGD([weight], lr=2.0**-10, momentum=0.5), masters="split")
+    rule = SGD([weight], lr=2.0**-10, momentum=0.5)
+    optimizer = mixprec.MixedPrecision(rule, masters="split", fused=fused)
     plain = SGD([bare], lr=2.0**-10, momentum=0.5)
-    for step in range(4):
-        if step == 2:  # momentum begins anew, as when a learning rate is restarted
+    for step in range(6):  # a fused step goes its short way from the third on
+        if step == 4:  # momentum begins anew, as when a learning rate is restarted
             optimizer.state = defaultdict(dict)
             plain.state = defaultdict(dict)
             with torch.no_grad():

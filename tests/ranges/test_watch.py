@@ -17,7 +17,8 @@ from waiting import no_waiting
 import mixprec
 from mixprec.binades import BINS, Binades, count
 from mixprec.float8 import Cast, Recipe
-from mixprec.ranges.rows import Row
+from mixprec.formats import E4M3
+from mixprec.ranges.rows import Judge, Row
 from mixprec.ranges.watch import Watch
 
 
@@ -809,3 +810,21 @@ def test_wrappers_of_torch_distributed_are_watched_under_the_models_own_names() 
         assert all(rows[name].binades == plain[name].binades for name in rows)
     finally:
         dist.destroy_process_group()
+
+
+LIMITS = {
+    # How many of so many values may be lost at most, one that is, and the exponent that holds it.
+    "saturated": (1, 10_000, 1000.0, -3),
+    "flushed": (5, 100, 2.0**-12, 6),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_a_tensor_that_loses_no_more_than_it_may_is_left_at_its_exponent(limit: str) -> None:
+    most, among, lost, exponent = LIMITS[limit]
+    for number, fix in ((most, None), (most + 1, exponent)):
+        values = torch.ones(among)
+        values[:number] = lost
+        judged = Row("a", "Linear", "input", ("float32",), Judge(E4M3), binades(values))
+        assert judged.fix == fix
+        assert (judged.fault is None) is (fix is None)

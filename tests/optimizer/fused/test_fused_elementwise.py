@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import UPDATE
 from small_rules import Rule, params, recordings
 from torch import Tensor
 from torch.nn import functional as F
 
 from mixprec.optimizer.fused.recording.probe import Probe, RuleState
 from mixprec.optimizer.fused.recording.recorder import NotFusible
-from mixprec.optimizer.fused.self_check import TOLERANCE, admit_fused
+from mixprec.optimizer.fused.self_check import admit_fused
 
 GIVEN: dict[str, Any] = {
     **{"lambd": 0.2, "eps": 0.1, "min": -0.3, "max": 0.4, "threshold": 0.1, "decimals": 2},
@@ -151,7 +152,7 @@ def test_what_torch_calls_element_wise_is_recorded_or_refused_by_its_name(name: 
     finite = right.isfinite()
     # Of each element, where a rule is promised as much of its largest; near 0 of operands near 0.1.
     distance = (found - right)[finite].abs()
-    assert (distance <= TOLERANCE * right[finite].abs().clamp_min(0.1)).all()
+    assert (distance <= UPDATE * right[finite].abs().clamp_min(0.1)).all()
 
 
 @pytest.mark.parametrize("name", list(filter(refused_by_torch, OPERATIONS)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import UPDATE
 from frozen import difference, frozen
 from rules import Recipe, torch_recipes
 from small_rules import Rule, params, recordings
@@ -21,7 +22,7 @@ from mixprec.optimizer.fused.program.operations import OPERATIONS
 from mixprec.optimizer.fused.program.program import Op, Program
 from mixprec.optimizer.fused.recording.probe import Probe, RuleState
 from mixprec.optimizer.fused.recording.recorder import NotFusible, Recorder
-from mixprec.optimizer.fused.self_check import TOLERANCE, admit_fused
+from mixprec.optimizer.fused.self_check import admit_fused
 
 # ---------------------------------------- torch.optim
 
@@ -236,7 +237,7 @@ def test_fifty_steps_of_a_program_stay_within_tolerance_of_the_rule(
     distance = (master - weight.detach()).abs().max()
     # Each step may round the master once otherwise, by half its spacing.
     spacing = 50 * 2.0**-24 * weight.detach().abs().max()
-    assert distance <= TOLERANCE * (weight.detach() - begin).abs().max() + spacing
+    assert distance <= UPDATE * (weight.detach() - begin).abs().max() + spacing
     if not foreach or rule in ("SGD", "Lion"):
         assert distance == 0
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import ROUNDING, SPACING, UPDATE
 from frozen import difference, frozen
 from small_rules import Rule, params, recordings
 from torch import Tensor
@@ -23,9 +24,6 @@ from mixprec.optimizer.fused.recording.kinds import Kinds
 from mixprec.optimizer.fused.recording.probe import Element, Probe, RuleState
 from mixprec.optimizer.fused.recording.recorder import Recorder
 from mixprec.optimizer.fused.self_check import (
-    ROUNDING,
-    SPACING,
-    TOLERANCE,
     FusedAdmission,
     admit_fused,
 )
@@ -41,7 +39,7 @@ def side_by_side(
 ) -> tuple[MixedPrecision, list[float]]:
     """The rule beside its programs on the same gradients: how far each parameter ends, relatively.
 
-    Relative to what the steps allow: `TOLERANCE` of the way that the parameter went, and a rounding
+    Relative to what the steps allow: `UPDATE` of the way that the parameter went, and a rounding
     of the master at each step. Every tensor's gradients have a size of their own.
     """
     eager, copied = rule(params(*shapes), **options), rule(params(*shapes), **options)
@@ -64,7 +62,7 @@ def side_by_side(
     with torch.no_grad():
         for (left, right), first in zip(pairs, begin, strict=True):
             way, size = (left - first).abs().max(), left.abs().max()
-            allowed = TOLERANCE * way + steps * SPACING / 2 * size
+            allowed = UPDATE * way + steps * SPACING / 2 * size
             distances.append(float((left - right).abs().max() / allowed))
     return programs, distances
 

@@ -213,8 +213,7 @@ class Recorder(TorchDispatchMode):
         self._call, self.calls, self.plain = Call(), [], {}
         begin = len(self.scalars)
         try:
-            # What torch's own code asks of sizes, the rule did not.
-            with torch._C.DisableTorchFunction(), self:
+            with self:
                 made = decomposition(*args, **{k: v for k, v in kwargs.items() if k != "out"})
         except Exception as error:
             if is_of_the_machine(error):
