@@ -5,13 +5,24 @@ BIN := $(VENV)/bin
 # One process a core; `make test SIDE_BY_SIDE=` runs one test after another.
 SIDE_BY_SIDE ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint types test-slow test-thirdparty docs clean
+# The kernels' tests, on a CPU by Triton's interpreter, which wants an older numpy: both lie beside
+# the environment. Triton is there for Linux on x86-64 and AArch64.
+KERNELS := $(VENV)/kernels
+KERNEL_TESTS := $(wildcard tests/*/test_*_kernels.py) tests/float8/test_float8_transpose.py
+
+.PHONY: demo test lint types test-kernels test-slow test-thirdparty docs clean
 
 demo: $(VENV)/.base
 	$(BIN)/mixprec demo $(ARGS)
 
-test: $(VENV)/.test lint types docs
+test: $(VENV)/.test lint types docs test-kernels
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
+
+test-kernels: $(KERNELS)/.made
+	if [ -d $(KERNELS)/triton ]; then \
+	    TRITON_INTERPRET=1 PYTHONPATH=$(KERNELS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -q \
+	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" $(KERNEL_TESTS); \
+	else echo "kernels not tested: no Triton for this platform"; fi
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -41,6 +52,11 @@ $(VENV)/.base: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(KERNELS)/.made: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) triton==3.6.0 numpy==2.3.5 \
+	    || mkdir -p $(KERNELS)
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base

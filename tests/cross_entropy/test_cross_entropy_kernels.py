@@ -1,6 +1,6 @@
 """Kernels of the cross entropy against plain torch; on a GPU, or by Triton's interpreter.
 
-Without a GPU: TRITON_INTERPRET=1 python -m pytest tests/cross_entropy/test_cross_entropy_kernels.py
+Without a GPU: `make test-kernels`, which is a part of `make test`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """FP8 cast kernels against plain torch: the same bytes, factors and counters.
 
 Without a GPU, Triton's interpreter checks the indexing, on values that need no rounding, which it
-does wrongly for FP8: TRITON_INTERPRET=1 python -m pytest tests/float8/test_float8_kernels.py
+does wrongly for FP8: `make test-kernels`.
 """
 
 from __future__ import annotations

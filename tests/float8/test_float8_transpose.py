@@ -1,6 +1,6 @@
 """A matrix of bytes is transposed as torch does it.
 
-Without a GPU, by Triton's interpreter: TRITON_INTERPRET=1 python -m pytest <this file>
+Without a GPU, by Triton's interpreter: `make test-kernels`.
 """
 
 from __future__ import annotations
