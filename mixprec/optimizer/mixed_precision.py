@@ -646,6 +646,11 @@ class MixedPrecision(Optimizer):
 
     # ---------------------------------------- small things
 
+    def leave_states(self) -> None:
+        """Leave the inner rule's states as it keeps them itself: somebody else runs or saves it."""
+        self._settle()
+        self._fused.release()
+
     def _adopt_state(self) -> None:
         """Widen what the inner optimizer has kept so far for 16-bit parameters."""
         for group in self.param_groups:

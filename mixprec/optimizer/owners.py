@@ -40,14 +40,34 @@ def superseded_by_newer(optimizer: Optimizer) -> str:
     return ""
 
 
+def plain_states(inner: Optimizer) -> None:
+    """Leave the states of a rule as it keeps them itself, whatever its wrappers have made of them.
+
+    A fused step counts once for many parameters, whose entries share the number; the rule itself
+    would count that once for each.
+    """
+    for other in list(_newer):
+        holder: Any = other
+        if getattr(holder, "inner", None) is inner:
+            holder.leave_states()
+    separate_numbers(inner)
+
+
 def guard_inner_step(optimizer: Any) -> None:
     """Refuse `optimizer.inner.step()`, which would update 16-bit weights without their masters.
 
-    The hook is dropped from copies, as torch drops all hooks; whoever makes a copy guards it anew.
+    What it may step, and what it saves by itself, it finds as it keeps it. The hooks are dropped
+    from copies, as torch drops all hooks; whoever makes a copy guards it anew.
     """
     wrapper = ref(optimizer)
 
+    def save(saved: Optimizer) -> None:
+        if saved not in _newer:
+            plain_states(saved)
+
     def refuse(stepped: Optimizer, _args: object, _kwargs: object) -> None:
+        if stepped not in _newer:
+            plain_states(stepped)
         holder = wrapper()
         if holder is None or stepped is not holder.inner:
             return
@@ -61,3 +81,4 @@ def guard_inner_step(optimizer: Any) -> None:
                 )
 
     optimizer.inner.register_step_pre_hook(refuse)
+    optimizer.inner.register_state_dict_pre_hook(save)

@@ -15,6 +15,8 @@ import copy
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -27,7 +29,16 @@ from mixprec.optimizer.masters import MASTER
 from mixprec.optimizer.rule.stand_ins import map_leaves, same
 from mixprec.optimizer.state_formats import StateFormats, decode, format_of, scale_key, scales_in
 
-__all__ = ["Cohort", "Member", "decoded", "elements_of", "form_cohorts", "own_numbers", "shown"]
+__all__ = [
+    "Cohort",
+    "Member",
+    "decoded",
+    "elements_of",
+    "form_cohorts",
+    "own_numbers",
+    "separate",
+    "shown",
+]
 
 Entry = dict[str, Any]
 """What an optimizer's `state` holds for one parameter."""
@@ -101,6 +112,16 @@ class Cohort:
         self.entries.append(member.entry)
         self.tensors.append(member.state.tensors(member.entry))
         member.entry.update(_shared(self.state))
+
+    def holds(self) -> bool:
+        """Whether every member's entry holds these very numbers: users may have set others."""
+        try:
+            return all(
+                all(map(is_, map(itemgetter(name), self.entries), repeat(value)))
+                for name, value in _shared(self.state).items()
+            )
+        except KeyError:
+            return False
 
     def own_state(self) -> RuleState:
         """The state with copies of its numbers, to come back to."""
@@ -237,6 +258,19 @@ def _separate(cohort: Cohort) -> None:
     shared = _shared(cohort.state)
     for entry in cohort.entries:
         entry.update(shared)
+
+
+def separate(entries: Iterable[Entry]) -> None:
+    """Give every entry numbers of its own: a rule that runs by itself counts each entry's."""
+    seen: set[int] = set()
+    for entry in entries:
+        shared = {name: value for name, value in entry.items() if id(value) in seen}
+        entry.update(own_numbers({k: v for k, v in shared.items() if not _is_plain(v)}))
+        seen.update(map(id, entry.values()))
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def own_numbers(numbers: Mapping[str, Any]) -> dict[str, Any]:

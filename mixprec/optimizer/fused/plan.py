@@ -202,6 +202,7 @@ class Plan:
             and self._weights.holds(params)
             and list(map(Tensor.data_ptr, params)) == self._addresses
             and self._holds_states()
+            and all(cohort.holds() for cohort in self.cohorts)
             and [params[place]._version for place in self._full] == self._versions
         )
 
