@@ -128,3 +128,23 @@ def test_what_a_rule_itself_shares_stays_shared() -> None:
         inner.state[weight]["common"] = common
     optimizer = mixprec.MixedPrecision(inner)
     assert all(entry["common"] is common for entry in optimizer.state.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_write_into_a_shared_number_is_said_once(dtype: torch.dtype) -> None:
+    ours, optimizer, theirs, _ = beside(dtype)
+    text = r"state\[\.\.\.\]\['step'\] was written in place, .* one for all of them\. To change it"
+    with pytest.warns(RuntimeWarning, match=text) as told:
+        for step in range(6):
+            give_both(ours, theirs, step)
+            if step in (2, 4):
+                optimizer.state[ours[0]]["step"].zero_()
+            optimizer.step()
+    assert len(told) == 1
+    alone, optimizer = ours[:1], mixprec.MixedPrecision(AdamW(ours[:1]), fused=True)
+    for step in range(4):
+        give_both(alone, theirs[:1], step)
+        if step == 2:
+            optimizer.state[alone[0]]["step"].zero_()
+        optimizer.step()
+    assert steps_of(optimizer) == [2.0]

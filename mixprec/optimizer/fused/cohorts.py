@@ -86,6 +86,8 @@ class Cohort:
     tensors: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
     non_negative: Levels = field(default_factory=dict[str, int])
     _proved: set[tuple[int, Any]] = field(default_factory=set[tuple[int, Any]])
+    _versions: dict[str, int] = field(default_factory=dict[str, int])
+    """Of shared tensors, when they were written here last."""
 
     def has_negative(self, name: str) -> bool:
         """Whether a state holds a negative number already, where it may have a sign."""
@@ -123,6 +125,17 @@ class Cohort:
         except KeyError:
             return False
 
+    def written(self) -> str:
+        """Which number that several members share somebody else has written in place, if any."""
+        before, self._versions = self._versions, self._versions_now()
+        changed = (name for name in before if before[name] != self._versions.get(name))
+        return next(changed, "") if len(self.entries) > 1 else ""
+
+    def _versions_now(self) -> dict[str, int]:
+        numbers = self.state.numbers.items()
+        tensors = {name: value for name, value in numbers if isinstance(value, Tensor)}
+        return {name: t._version for name, t in tensors.items() if not t.is_inference()}
+
     def own_state(self) -> RuleState:
         """The state with copies of its numbers, to come back to."""
         return RuleState(own_numbers(self.state.numbers), self.state.elements, self.state.reduced)
@@ -142,6 +155,7 @@ class Cohort:
                 numbers[name] = value
                 self._place(name, value)
         self.state = RuleState(numbers, state.elements, state.reduced)
+        self._versions = self._versions_now()
 
     def _place(self, name: str, value: Any) -> None:
         for entry, tensors in zip(self.entries, self.tensors, strict=True):

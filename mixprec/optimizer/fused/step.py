@@ -68,6 +68,8 @@ class FusedStep:
         self._kept_plan: tuple[Plan, tuple[int, int]] | None = None
         self._pending: Pending | None = None
         self._captured: tuple[Plan, Tensor | None] | None = None
+        self.written = ""
+        """A number that parameters share and somebody has written in place, until it was said."""
         self.skipped = False
         """Whether the device has skipped a step since somebody set this to False."""
         self.skips_in_a_row = 0
@@ -116,6 +118,8 @@ class FusedStep:
         if plan is None or not plan.holds(self._inner, members):
             check(members.params)
             plan = self._plan = self._planned(members, pending)
+        for cohort in plan.cohorts:
+            self.written = cohort.written() or self.written
         recordings: list[Recording] = []
         for cohort in plan.cohorts:
             try:
