@@ -23,12 +23,12 @@ LAYERS = (
     "optimizer.masters optimizer.state_formats optimizer.judging.verdict "
     "optimizer.judging.grad_factor optimizer.reports.step_counts optimizer.reports.culprits "
     "optimizer.reports.remarks optimizer.fused.program",
-    "optimizer.arguments optimizer.owners optimizer.setup optimizer.rule optimizer.fused.kernels "
+    "optimizer.arguments optimizer.setup optimizer.rule optimizer.fused.kernels "
     "optimizer.judging.scaled_grads",
     "optimizer.checks optimizer.fused.recording",
     "optimizer.fused",
     "optimizer.reports.infinite_weights",
-    "optimizer.undo optimizer.reports.outcome",
+    "optimizer.undo optimizer.owners optimizer.reports.outcome",
     "optimizer.checkpoint optimizer.judging.judge optimizer.master_run",
     "optimizer.buckets optimizer.recovery",
     "optimizer.closures optimizer.reports.explain",

@@ -32,7 +32,7 @@ from mixprec.optimizer.judging.judge import Judge
 from mixprec.optimizer.judging.scaled_grads import ScaledGrads
 from mixprec.optimizer.master_run import make_state
 from mixprec.optimizer.masters import LOW, MASTER, MasterStore
-from mixprec.optimizer.owners import guard_inner_step, superseded_by_newer, take_over
+from mixprec.optimizer.owners import guard_inner_step, plain_states, superseded_by_newer, take_over
 from mixprec.optimizer.recovery import Recovery
 from mixprec.optimizer.reports.explain import Explanation
 from mixprec.optimizer.reports.outcome import Outcome
@@ -154,6 +154,7 @@ class MixedPrecision(Optimizer):
         self._check, self._scaled, self._outcome, self._loaded = check, scaled, outcome, loaded
         self._recovery = recovery
         self._take_step = Step(setup, calls, step, judge, outcome, check, scaled, recovery)
+        plain_states(inner)
         self._adopt_state()
         take_over(self)
         guard_inner_step(self)
@@ -211,9 +212,21 @@ class MixedPrecision(Optimizer):
         self._recovery.run(lambda: self._ready(with_loss=closure is not None))
         loss, verdict = self._take_step(closure, grad_factor)
         if verdict is not None:
-            self._loaded.warn_of_edits()
+            self._warn_of_edits()
             self._outcome.report(verdict)
         return loss
+
+    def _warn_of_edits(self) -> None:
+        """Tell of weights and numbers that somebody else has written."""
+        number, self._fused.written = self._fused.written, ""
+        if number:
+            self._outcome.warn(
+                "shared",
+                f"state[...][{number!r}] was written in place, and fused parameters of one age "
+                f"share one such tensor: each write was one for all of them. To change it for one "
+                f"parameter, set another: state[param][{number!r}] = torch.tensor(...).",
+            )
+        self._loaded.warn_of_edits()
 
     def _begin(self, call: str = "") -> None:
         """Before anything else: what came before is over, and whole if a call is named."""
@@ -415,7 +428,7 @@ class MixedPrecision(Optimizer):
             self._begin("train()" if mode else "eval()")
             self._ready()
             self._take_step.change_mode(method)
-            self._loaded.warn_of_edits()
+            self._warn_of_edits()
             return
         method()  # nothing to move yet, and a rule may want its mode before it is tried
         for param in [p for p in self._setup.params() if p in self.state and not self.state[p]]:
@@ -646,10 +659,10 @@ class MixedPrecision(Optimizer):
 
     # ---------------------------------------- small things
 
-    def leave_states(self) -> None:
+    def _leave_states(self) -> None:
         """Leave the inner rule's states as it keeps them itself: somebody else runs or saves it."""
-        self._settle()
-        self._fused.release()
+        self._recovery.settle()
+        self._fused.held.release()
 
     def _adopt_state(self) -> None:
         """Widen what the inner optimizer has kept so far for 16-bit parameters."""

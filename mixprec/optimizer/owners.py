@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch.optim import Optimizer
 
+from mixprec.optimizer.fused.held import separate_numbers
 from mixprec.optimizer.masters import LOW
 from mixprec.parameters import names_of
 
@@ -49,7 +50,7 @@ def plain_states(inner: Optimizer) -> None:
     for other in list(_newer):
         holder: Any = other
         if getattr(holder, "inner", None) is inner:
-            holder.leave_states()
+            holder._leave_states()
     separate_numbers(inner)
 
 

@@ -10,15 +10,27 @@ from collections import defaultdict
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mixprec.optimizer.fused.cohorts import Entry, decoded
+from mixprec.optimizer.fused.cohorts import Entry, decoded, separate
 from mixprec.optimizer.state_formats import StateFormats
 
-__all__ = ["HeldStates"]
+__all__ = ["HeldStates", "separate_numbers"]
+
+
+_sharing: WeakSet[Optimizer] = WeakSet()
+"""Optimizers whose parameters have shared numbers in some fused step."""
+
+
+def separate_numbers(inner: Optimizer) -> None:
+    """Give all parameters numbers of their own, although whoever let them share is gone."""
+    if inner in _sharing:
+        state = cast(dict[Any, Any], inner.state)
+        separate(entry for key, entry in state.items() if isinstance(key, Tensor))
 
 
 class HeldStates:
@@ -32,7 +44,8 @@ class HeldStates:
         """How often any were given back; a plan that was made before does not hold."""
 
     def take(self, params: Iterable[Tensor]) -> None:
-        """Programs step these parameters now."""
+        """Programs step these parameters now, which may share numbers from here on."""
+        _sharing.add(self._inner)
         self._params.update((param, None) for param in params)
 
     def adopt(self, params: Iterable[Tensor]) -> None:

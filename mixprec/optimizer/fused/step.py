@@ -16,7 +16,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, cast
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from mixprec.optimizer.fused.cohorts import (
     Member,
     counts_on_host,
     form_cohorts,
-    separate,
     shown,
 )
 from mixprec.optimizer.fused.eligible import Fused, FusedGroups
@@ -43,17 +41,7 @@ from mixprec.optimizer.fused.recording.recorder import NotFusible
 from mixprec.optimizer.masters import MasterStore
 from mixprec.optimizer.state_formats import StateFormat, StateFormats, format_of
 
-__all__ = ["FusedStep", "separate_numbers"]
-
-_sharing: WeakSet[Optimizer] = WeakSet()
-"""Optimizers whose parameters have shared numbers in some fused step."""
-
-
-def separate_numbers(inner: Optimizer) -> None:
-    """Give all parameters numbers of their own, although whoever let them share is gone."""
-    if inner in _sharing:
-        state = cast(dict[Any, Any], inner.state)
-        separate(entry for key, entry in state.items() if isinstance(key, Tensor))
+__all__ = ["FusedStep"]
 
 
 class FusedStep:
