@@ -284,6 +284,7 @@ def test_a_shard_that_holds_every_class_is_the_whole(
     spacing = torch.finfo(dtype).eps / (1 if INTERPRETED else 2)
     close(found.gradient, exact, rtol=spacing + 1e-5, atol=3e-6, what="gradient")
     at = targets[:, None]
+    assert bool(found.remainders.any()) == (dtype != FP32)
     whole = found.gradient.gather(1, at).squeeze(1).double() + found.remainders
     if not INTERPRETED:  # which rounds in another way than torch does
         close(whole, exact.gather(1, at).squeeze(1), rtol=1e-5, atol=3e-6, what="at the target")
@@ -390,3 +391,20 @@ def test_scaling_multiplies_in_fp32_and_one_writes_nothing(dtype: torch.dtype) -
         if not (INTERPRETED and dtype == BF16):  # the interpreter cuts off instead of rounding
             assert torch.equal(scaled, (values.float() * root).to(dtype))
     scale_(values[:0], torch.ones((), device=DEVICE))
+
+
+def test_a_target_that_another_shard_holds_has_no_remainder_here() -> None:
+    logits, targets = case(3, 9001, BF16)
+    targets[1] = -1
+    found = _by_kernels_of_a_shard(
+        logits,
+        targets,
+        LossTerms(),
+        None,
+        torch.zeros(3, device=DEVICE),
+        BF16,
+        False,
+        VocabShard(None, 0, 9001),
+    )
+    assert found.remainders is not None
+    assert (found.remainders != 0).tolist() == [True, False, True]

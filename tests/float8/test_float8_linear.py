@@ -800,3 +800,13 @@ def test_a_cast_of_another_thread_in_between_is_not_taken(monkeypatch: pytest.Mo
         expected = linear(x)
         monkeypatch.setattr(linear_module, "_is_of", interrupted)
         assert torch.equal(linear(x), expected)
+
+
+def test_a_layer_that_was_unpickled_is_told_of_steps() -> None:
+    linear = pickle.loads(pickle.dumps(layer(recipe="adaptive")))
+    x, dy = operands(32, 64)
+    linear(x).backward(dy)
+    seen = linear._float8.input.counters.clone()
+    torch.optim.SGD(linear.parameters(), lr=0.0).step()
+    assert seen.any()
+    assert torch.equal(linear._float8.input.last, seen) and not linear._float8.input.counters.any()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixprec import formats, umup
-from mixprec.umup.checks.coordinates import CoordinateReport, check_coordinates
+from mixprec.umup.checks.coordinates import CoordinateReport, check_coordinates, step
 from mixprec.umup.checks.picture import Line, draw
 from mixprec.umup.checks.scales import check_scales, flushed
 
@@ -303,3 +303,19 @@ def test_bad_input_is_refused_with_what_was_seen() -> None:
         )
     with pytest.raises(ValueError, match=r"widths=\[\], lrs=\[1.0\]; give a width or more"):
         umup.check_transfer(bowl(0.0), [], [1.0])
+
+
+@pytest.mark.parametrize("power, factor", [(None, 0.25), (-0.5, 0.5), (0.0, 1.0)])
+def test_a_step_divides_by_the_power_of_tokens_that_each_group_asks_for(
+    power: float | None, factor: float
+) -> None:
+    model = nn.Linear(3, 1, bias=False)
+    group: dict[str, Any] = {"params": list(model.parameters())}
+    optimizer = torch.optim.SGD([group | ({} if power is None else {"token_power": power})], lr=1.0)
+
+    def loss(module: nn.Module) -> tuple[Tensor, int]:
+        return module(torch.ones(4, 3)).sum(), 4
+
+    step(model, optimizer, loss, backward_only=True)
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, torch.full((1, 3), 4.0 * factor))

@@ -23,7 +23,7 @@ def checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Ask by torch's own check, and as where there is none."""
     if request.param == "Python":
         monkeypatch.setattr(guard, "_compiled", lambda tensors: None)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
-    elif guard._compiled([torch.ones(1)]) is None:
+    elif request.param == "compiled" and guard._compiled([torch.ones(1)]) is None:
         pytest.skip("this version of torch has no TensorGuards")
 
 
@@ -219,3 +219,15 @@ def test_a_launch_reads_gradients_of_the_dtype_that_they_have() -> None:
         optimizer.step()
         plan = optimizer._fused._plan
         assert plan is not None and [batch.layout.grad for batch in plan.batches] == [dtype]
+
+
+_dynamo: Any = getattr(torch._C, "_dynamo", None)
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(_dynamo, "guards", None), "TensorGuards"),
+    reason="this version of torch has no TensorGuards",
+)
+@pytest.mark.parametrize("checks", ["as it is"], indirect=True)
+def test_torchs_own_check_is_asked_where_there_is_one() -> None:
+    assert guard._compiled([torch.ones(2, 3), torch.ones(())]) is not None

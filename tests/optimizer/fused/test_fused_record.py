@@ -786,3 +786,23 @@ def test_parameters_without_dimensions_are_not_recorded() -> None:
         Probe(optimizer, 0, params(())[0])
     assert "a parameter of no dimensions" in admit_fused(optimizer, 0).reason
     assert admit_fused(SGD(params((), (3,)), lr=0.1), 0).fusible
+
+
+class AsksWhoIsThere(Optimizer):
+    """Makes a state for whom it has no entry: an empty one is an entry."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if p not in self.state:
+                    self.state[p] = {"sum": torch.zeros_like(p)}
+                p.add_(self.state[p]["sum"].add_(p.grad), alpha=-group["lr"])
+
+
+def test_a_rule_that_asks_for_an_entry_finds_none_before_its_first_step() -> None:
+    assert len(recordings(AsksWhoIsThere(params()), 2)) == 2
+    assert admit_fused(AsksWhoIsThere(params()), 0).exact

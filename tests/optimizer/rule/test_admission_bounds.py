@@ -232,3 +232,17 @@ def test_a_group_that_couples_tensors_is_found_although_parameters_and_states_ag
     found = admit(CountsInItsGroup(low((8, 6), (6,))))
     assert not found.per_parameter
     assert "param_groups[...]['together'] differs after trial step 1" in found.reason
+
+
+class SortsWhenSlow(Rule):
+    """Takes another way, which is no program, once a schedule has lowered its learning rate."""
+
+    def update(self, group: Any, p: Any, grad: Tensor, state: Any) -> None:
+        slow = group["lr"] < group["first"]
+        p.add_(grad.sort(0).values if slow else grad, alpha=-group["lr"])
+
+
+def test_what_a_rule_does_at_a_lower_learning_rate_is_tried_too() -> None:
+    assert admit_fused(SortsWhenSlow(params(), lr=0.1, first=0.0), 0).fusible
+    found = admit_fused(SortsWhenSlow(params(), lr=0.1, first=0.1), 0)
+    assert not found.fusible and "torch.sort" in found.reason
