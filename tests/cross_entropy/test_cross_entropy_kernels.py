@@ -396,7 +396,9 @@ def test_scaling_multiplies_in_fp32_and_one_writes_nothing(dtype: torch.dtype) -
 def test_a_target_that_another_shard_holds_has_no_remainder_here() -> None:
     logits, targets = case(3, 9001, BF16)
     targets[1] = -1
-    found = _by_kernels_of_a_shard(
+    from mixprec.cross_entropy.by_kernels import _of_a_shard
+
+    found = _of_a_shard(
         logits,
         targets,
         LossTerms(),
