@@ -823,3 +823,27 @@ def test_tensor_parallel_layers_are_as_near_as_whole_ones_compile_combine_and_re
         check_fsdp_with_tensor_parallel,
         check_refusals,
     )
+
+
+def test_placements_and_meshes_that_no_layer_takes_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, other = (init_device_mesh("cpu", (1,) * dims) for dims in (1, 2))
+        layer: Any = build("static")[0].up
+        weight, (x, _) = layer.weight.detach(), data(0, 0)
+        layer.weight = nn.Parameter(DTensor.from_local(weight, mesh, [Partial()]))
+        with pytest.raises(ValueError, match=r"has placements .*Partial.*takes Shard\(0\), Shard"):
+            layer(DTensor.from_local(x, mesh, [Replicate()]))
+        layer.weight = nn.Parameter(DTensor.from_local(weight, mesh, [Replicate()]))
+        with pytest.raises(ValueError, match=r"a layer takes its input on the mesh of its weight"):
+            layer(DTensor.from_local(x, other, [Replicate(), Replicate()]))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_gathered_weight_is_where_its_bytes_are() -> None:
+    rows, factor = torch.empty(2, 3, dtype=torch.float8_e4m3fn, device="meta"), torch.ones(1)
+    assert GatheredWeight(rows, factor, BF16).device.type == "meta"
