@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixprec import formats, umup
-from mixprec.umup.checks.coordinates import CoordinateReport, check_coordinates, step
+from mixprec.umup.checks.coordinates import CoordinateReport, Slope, check_coordinates, step
 from mixprec.umup.checks.picture import Line, draw
 from mixprec.umup.checks.scales import check_scales, flushed
 
@@ -70,7 +72,8 @@ def test_a_bias_inside_the_multiplier_is_found_where_activations_look_fine() -> 
     assert list(report.failures()) == ["2.bias"]
     assert report.parameters["2.bias"].slope == pytest.approx(-0.5, abs=0.1)
     assert abs(report.activations["2"].slope) < 0.1
-    assert "NOT       -0.5" in str(report)
+    assert re.search(r"NOT ok\s+-0\.5\d ± 0\.0\d\s+\+0\.00   2\.bias", str(report))
+    assert report.verdict == "NOT ok"
     wanted = coordinates(make_model=lambda w: mlp(w, BiasInside), wanted={"2.bi*": -0.5})
     assert wanted.ok
 
@@ -86,6 +89,75 @@ def test_one_learning_rate_for_all_of_a_plain_model_is_found() -> None:
     )
     assert "2.weight" in report.failures()
     assert report.parameters["2.weight"].slope > 0.7
+
+
+def standard(width: int) -> nn.Module:
+    """Torch's own initial values, to be trained at one rate."""
+    return nn.Sequential(
+        nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 4)
+    )
+
+
+def verdicts(model: Any, optimizer: Any, loss: Any, seeds: int, draws: int) -> set[str]:
+    found = [
+        check_coordinates(model, WIDTHS, loss, optimizer, seeds=range(100 * d, 100 * d + seeds))
+        for d in range(draws)
+    ]
+    return {report.verdict for report in found}
+
+
+def unit_adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(umup.param_groups(model, 2**-4, torch.optim.AdamW))
+
+
+def plain_loss(model: nn.Module) -> Tensor:
+    return F.cross_entropy(model(X), Y)
+
+
+STANDARD: list[Any] = [
+    lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+    lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3),
+]
+
+
+def test_chance_makes_a_verdict_uncertain_and_never_wrong() -> None:
+    """One seed is off by more than the tolerance in 7 of 16 draws of SGD."""
+    assert verdicts(mlp, sgd, unit_loss, 1, 6) <= {"ok", "uncertain"}
+    assert verdicts(mlp, sgd, unit_loss, 4, 2) <= {"ok", "uncertain"}
+    for optimizer in STANDARD:
+        assert verdicts(standard, optimizer, plain_loss, 1, 3) <= {"NOT ok", "uncertain"}
+        assert verdicts(standard, optimizer, plain_loss, 4, 2) == {"NOT ok"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [1, 2, 4])
+def test_no_draw_of_a_right_model_is_called_wrong_nor_a_wrong_one_right(seeds: int) -> None:
+    for optimizer in (sgd, unit_adam):
+        assert "NOT ok" not in verdicts(mlp, optimizer, unit_loss, seeds, 20)
+    for optimizer in STANDARD:
+        assert "ok" not in verdicts(standard, optimizer, plain_loss, seeds, 20)
+
+
+def test_what_is_uncertain_says_how_many_seeds_would_settle_it() -> None:
+    slope = Slope((1.0, 1.1, 1.2), 0.05, 0.0, 0.1, error=0.06, seeds=4)
+    # 2.23 standard errors at 10 degrees of freedom are 0.134; 2.13 of 7 seeds' are 0.092.
+    assert slope.verdict == "uncertain" and not slope.ok and 6 <= slope.seeds_wanted <= 8
+    report = CoordinateReport((1, 2, 4), {"w": slope}, {})
+    assert report.verdict == "uncertain" and not report.ok and not report.failures()
+    assert f"give about {slope.seeds_wanted} seeds" in str(report)
+    assert "uncertain   +0.05 ± 0.06" in str(report)
+    assert replace(slope, seeds=16, error=0.03).verdict == "ok"
+    assert replace(slope, slope=0.5, error=0.06).verdict == "NOT ok"
+    assert replace(slope, slope=0.5, error=0.2).verdict == "uncertain"
+    assert replace(slope, slope=0.25, compared=50).verdict == "uncertain"  # of 50, one by chance
+    assert replace(slope, slope=math.nan, error=math.nan).verdict == "NOT ok"
+    two_points = replace(slope, sizes=(1.0, 1.1), seeds=1, error=math.inf)
+    assert two_points.verdict == "uncertain" and two_points.seeds_wanted > 1
+
+
+def test_a_check_without_seeds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"seeds is empty; give one or more, such as range\(4\)"):
+        coordinates(seeds=[])
 
 
 PLAIN_ROLES: dict[str, Any] = {"0.weight": "input", "2.weight": "hidden", "4.weight": "output"}
