@@ -297,9 +297,14 @@ def _role_of(
     fitting = [pattern for pattern in roles if fnmatchcase(name, pattern)]
     matched.update(fitting)
     if fitting:
-        return roles[fitting[0]], plain
+        role = roles[fitting[0]]
+        _check_multipliers(name, module, (carried or {}).get(local, role), role)
+        return role, plain
     if carried is not None and local in carried:
-        return _check_role(carried[local], name), plain
+        role = _check_role(carried[local], name)
+        of_class: Mapping[str, Role] = getattr(type(module), "umup_roles", carried)
+        _check_multipliers(name, module, of_class.get(local, role), role)
+        return role, plain
     for kind, known in _PLAIN_ROLES.items():
         if isinstance(module, kind) and local in known:
             return known[local], plain
@@ -310,6 +315,22 @@ def _role_of(
         f"{list(param.shape)}. Use a layer of umup.layers, set umup_roles on your module, or give "
         f"roles={{{name!r}: role}} with one of {', '.join(sorted(ROLES))}."
     )
+
+
+def _check_multipliers(name: str, module: nn.Module, own: Role, role: Role) -> None:
+    """Refuse a role whose multipliers are not those that a unit-scaled module applies."""
+    if own != role and not any({own, role} <= alike for alike in _ALIKE):
+        kind = type(module).__name__
+        raise ValueError(
+            f"{name} is made {role!r}, but its {kind} multiplies as {own!r} in its own forward, "
+            f"which a name does not change: the table and the learning rate would be those of "
+            f"another layer. Use a layer of that role: umup.layers.LinearReadout is 'output', over "
+            f"the channels of a convolution too, umup.layers.Embedding is 'embedding'."
+        )
+
+
+_ALIKE = ({"hidden", "input"}, {"embedding", "tied"}, {"output", "tied"})
+"""Roles whose modules multiply alike; a tied weight is in two modules, each with its own way."""
 
 
 def _check_role(role: Any, where: str) -> Role:

@@ -611,3 +611,30 @@ def test_the_command_prints_the_table_of_a_model_in_a_file(
         assert message in capsys.readouterr().err
     assert main(["umup", "table", f"{file}:net", "--optimizer", "Rprop"]) == 1
     assert "Rprop has no learning rate rule" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("layer", "role", "own"),
+    [
+        (umup.layers.Conv1d(8, 4, 3), "output", "hidden"),
+        (umup.layers.Linear(8, 4), "output", "hidden"),
+        (umup.layers.LinearReadout(8, 4), "hidden", "output"),
+        (umup.layers.Embedding(8, 4), "output", "embedding"),
+    ],
+)
+def test_a_pattern_cannot_give_a_layer_other_multipliers(layer: Any, role: Any, own: str) -> None:
+    said = rf"0.weight is made '{role}', but its {type(layer).__name__} multiplies as '{own}' in"
+    with pytest.raises(ValueError, match=said):
+        umup.spec(nn.Sequential(layer), {"0.weight": role})
+
+
+def test_an_attribute_cannot_make_a_readout_of_a_convolution() -> None:
+    layer: Any = umup.layers.Conv1d(8, 4, 3)
+    layer.umup_roles = {"weight": "output", "bias": "bias"}
+    with pytest.raises(ValueError, match="weight is made 'output', but its Conv1d multiplies as"):
+        umup.spec(layer)
+
+
+def test_a_pattern_may_give_a_role_that_multiplies_alike() -> None:
+    model = nn.Sequential(umup.layers.Linear(8, 4))
+    assert umup.spec(model, {"0.weight": "input"})["0.weight"].role == "input"
