@@ -55,8 +55,11 @@ $(VENV)/.test: $(VENV)/.base
 	touch $@
 
 $(KERNELS)/.made: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --no-deps --target $(KERNELS) triton==3.6.0 numpy==2.3.5 \
-	    || mkdir -p $(KERNELS)
+	case "$$(uname -sm)" in \
+	    "Linux x86_64" | "Linux aarch64") $(BIN)/python -m pip install --quiet --no-deps \
+	        --target $(KERNELS) triton==3.6.0 numpy==2.3.5 ;; \
+	    *) mkdir -p $(KERNELS) ;; \
+	esac
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base
