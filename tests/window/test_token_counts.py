@@ -72,6 +72,48 @@ def tokens_of_all_ranks_divide(rank: int) -> None:
         step_of(rank, declared, wrap=MixedPrecision)
 
 
+def low_step(rank: int | None, reduction: str, alone: Any = None) -> tuple[Tensor, Tensor]:
+    """Masters of a BF16 model after a step, of one of two ranks or of one device with everything;
+    and the sum of all micro-batches' gradients, without their signs."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).bfloat16()
+    optimizer = MixedPrecision(SGD(model.parameters(), lr=1.0))
+    accumulator = GradientAccumulator(
+        optimizer,
+        grad_reduction=reduction,  # pyright: ignore[reportArgumentType]
+        process_group=alone,
+        presumed_tokens=1,
+        fp32_sums=reduction == "sum",  # DDP's own gradients are of the parameter's dtype
+    )
+    mean = rank is not None and reduction == "mean"
+    called: nn.Module = DistributedDataParallel(model) if mean else model
+    mine = everything() if rank is None else everything()[2 * rank : 2 * rank + 2]
+    sizes = torch.zeros(3, 4)
+    for i, (x, y) in enumerate(mine):
+        loss = cross_entropy(called(x.bfloat16()).float(), y, reduction="sum")
+        if rank is None:
+            (grad,) = torch.autograd.grad(loss, model.weight, retain_graph=True)
+            sizes += grad.float().abs()
+        accumulator.backward(loss, (y != -100).sum(), last=i == len(mine) - 1)
+    if rank is not None and not mean:
+        for param in model.parameters():
+            dist.all_reduce(param.grad)
+    accumulator.step()
+    return next(optimizer.masters())[1].clone(), sizes
+
+
+def masters_of_all_ranks_are_those_of_one_device(rank: int) -> None:
+    groups = [dist.new_group([r]) for r in range(2)]
+    one, sizes = low_step(None, "sum", groups[rank])
+    for reduction in ("mean", "sum"):
+        two, _ = low_step(rank, reduction)
+        # Each micro-batch's gradient is the same BF16 numbers. With "sum" four of them and a
+        # product are rounded to FP32 in another order, 5 times each way; DDP adds two of them, and
+        # two of those, in BF16. Every number is at most all of their sizes.
+        rounding = 10 * 2.0**-24 if reduction == "sum" else 3 * 2.0**-9
+        assert ((two - one).abs() <= rounding * (sizes + one.abs())).all(), reduction
+
+
 def own_counts_are_refused_on_every_rank(rank: int) -> None:
     for declared in ([8, 1], [9, 8], [10, 8]):
         with pytest.raises(ValueError, match=rf"was given {declared[rank]} tokens on this rank.*"):
@@ -175,6 +217,7 @@ def counts_that_average_out_are_refused_on_every_rank(rank: int) -> None:
 def test_two_ranks_divide_by_the_tokens_of_both_and_refuse_what_is_not() -> None:
     on_ranks(
         tokens_of_all_ranks_divide,
+        masters_of_all_ranks_are_those_of_one_device,
         own_counts_are_refused_on_every_rank,
         calls_on_one_rank_are_refused_on_every_rank,
         a_wrong_count_of_all_ranks_is_refused,
