@@ -828,3 +828,13 @@ def test_a_tensor_that_loses_no_more_than_it_may_is_left_at_its_exponent(limit: 
         judged = Row("a", "Linear", "input", ("float32",), Judge(E4M3), binades(values))
         assert judged.fix == fix
         assert (judged.fault is None) is (fix is None)
+
+
+def test_names_are_those_of_the_bare_model() -> None:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = nn.Sequential(nn.Linear(4, 4), checkpoint_wrapper(nn.Linear(4, 4)))
+    report = mixprec.watch(model)
+    model(random(5, 4)).sum().backward()
+    report.stop()
+    assert {name.split()[0] for name in rows_of(report)} == {"0", "1"}

@@ -391,3 +391,24 @@ def test_a_step_divides_by_the_power_of_tokens_that_each_group_asks_for(
     step(model, optimizer, loss, backward_only=True)
     assert model.weight.grad is not None
     assert torch.equal(model.weight.grad, torch.full((1, 3), 4.0 * factor))
+
+
+@pytest.mark.parametrize(("count", "labels"), [(3, 3), (10, 10), (12, 6)])
+def test_a_picture_labels_its_widths_ten_at_most(count: int, labels: int) -> None:
+    widths = [2**i for i in range(count)]
+    svg = draw([Line("a", widths, [1.0] * count)], title="t", x_label="x", y_label="y")
+    shown = [width for width in widths if f'text-anchor="middle">{width}<' in svg]
+    assert shown == widths[:: -(-count // 10)] and len(shown) == labels
+
+
+def test_modules_that_were_not_called_are_no_rows_of_scales() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    report = check_scales(Half(), lambda model: model(torch.randn(8, 4)).sum())
+    assert [row.name for row in report.rows] == ["used"]

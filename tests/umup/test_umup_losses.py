@@ -638,3 +638,30 @@ def test_linear_cross_entropy_takes_a_readout_as_it_is(multiplier: float) -> Non
     plain: Any = nn.Linear(16, 50)
     with pytest.raises(TypeError, match=r"whose forward is .*\.Linear\.forward and not LinearRead"):
         losses.linear_cross_entropy(hidden, plain, targets)
+
+
+def test_a_matrix_of_the_loss_that_looks_like_a_sample_is_left_whole() -> None:
+    """Features of 6 beside 6 places: taken for places, the matrix would not fit any more."""
+    y, matrix = torch.randn(4, 6, 6, requires_grad=True), torch.randn(3, 6)
+    summed = umup.unit_loss(lambda y: (y @ matrix.T).pow(2).sum())
+    assert summed.calibrate(y).rms > 0
+    mean_of_places = umup.unit_loss(lambda y: (y @ matrix.T).pow(2).sum((0, 2)).mean())
+    with pytest.raises(ValueError, match="returns a mean: with each sample twice along axis 1"):
+        mean_of_places.calibrate(y)
+
+
+def test_classes_on_other_axes_than_logits_are_doubled_with_them() -> None:
+    logits, classes = torch.randn(4, 5, 6, requires_grad=True), torch.randint(5, (4, 6))
+    loss = umup.unit_loss(lambda y, t: F.nll_loss(y.log_softmax(1), t, reduction="sum"))
+    assert loss.calibrate(logits, classes).rms > 0
+
+
+def test_what_a_loss_makes_itself_is_not_doubled() -> None:
+    """Eight totals, as many as there were samples, and a matrix that takes eight."""
+    matrix = torch.randn(3, 8)
+
+    def segments(y: Tensor) -> Tensor:
+        total = y.new_zeros(8, 3).index_add(0, torch.arange(len(y)) % 8, y)
+        return (matrix @ total).pow(2).sum()
+
+    assert umup.unit_loss(segments).calibrate(torch.randn(8, 3, requires_grad=True)).rms > 0
