@@ -5,7 +5,7 @@ Every public name is listed here by hand; importing this package imports only to
 
 from mixprec import formats, umup
 from mixprec.accumulation import GradientAccumulator
-from mixprec.cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from mixprec.cross_entropy import LinearCrossEntropy, LossDetails, linear_cross_entropy
 from mixprec.loss_scaling import DynamicLossScaler, StaticLossScaler
 from mixprec.optimizer import MixedPrecision
 from mixprec.precision import Precision, cast_model
@@ -17,6 +17,7 @@ __all__ = [
     "DynamicLossScaler",
     "GradientAccumulator",
     "LinearCrossEntropy",
+    "LossDetails",
     "MixedPrecision",
     "Precision",
     "StaticLossScaler",

@@ -28,7 +28,18 @@ from torch import Tensor
 
 from mixprec.cross_entropy.vocab_shard import VocabShard
 
-__all__ = ["LossTerms", "Row", "Rows", "cap_", "first_class", "front_of_rows", "row_of", "wide"]
+__all__ = [
+    "NO_CLASS",
+    "LossTerms",
+    "Row",
+    "Rows",
+    "cap_",
+    "first_class",
+    "first_of",
+    "front_of_rows",
+    "row_of",
+    "wide",
+]
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -72,7 +83,15 @@ def first_class(
     """The first class of all shards whose logit is the highest; `best` are columns of this one."""
     if best is None or shard.whole:
         return best
-    candidates = (best + shard.start).masked_fill(top < highest, torch.iinfo(torch.int64).max)
+    is_highest = (top >= highest) | top.isnan()
+    return first_of((best + shard.start).masked_fill(~is_highest, NO_CLASS), shard)
+
+
+NO_CLASS = torch.iinfo(torch.int64).max
+
+
+def first_of(candidates: Tensor, shard: VocabShard) -> Tensor:
+    """The least of all shards' candidates for each token."""
     return -shard.reduce_(-candidates, "max")
 
 

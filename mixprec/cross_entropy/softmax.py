@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixprec.cross_entropy import in_torch
-from mixprec.cross_entropy.rows import LossTerms, Rows, first_class, row_of
+from mixprec.cross_entropy.rows import NO_CLASS, LossTerms, Rows, first_of, row_of
 from mixprec.cross_entropy.vocab_shard import VocabShard
 from mixprec.devices import has_triton
 
@@ -83,7 +83,9 @@ def _without_classes(
         terms = terms._replace(class_weight=none.new_zeros(1))  # to be read for targets elsewhere
     lowest = torch.full_like(none, -torch.inf)
     top = shard.reduce_(lowest.clone(), "max")
-    argmaxes = first_class(torch.zeros_like(targets) if argmax else None, lowest, top, shard)
+    argmaxes = torch.zeros_like(targets) if argmax else None
+    if argmaxes is not None and not shard.whole:  # -inf may be the highest, but not here
+        argmaxes = first_of(torch.full_like(targets, NO_CLASS), shard)
     row = row_of(top, none, none, none, targets, terms, token_weight, shard)
     gradient = None if rounded_to is None else logits.to(rounded_to)
     return Rows(row.losses, row.lse, gradient, None if gradient is None else none, argmaxes)

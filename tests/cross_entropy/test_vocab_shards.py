@@ -277,8 +277,24 @@ def check_three_ranks(rank: int) -> None:
         check_against_the_whole(rank, [0, 20, 30], name, OPTIONS[name], {})
 
 
+def check_odd_logits(rank: int) -> None:
+    """The rank without classes has no largest logit, whatever the others' are."""
+    hidden, weight, targets = case(4, padding=0.0)
+    hidden, weight = hidden.detach().clone(), weight.detach()
+    hidden[1] = torch.nan
+    weight[:, 0], hidden[2] = 1.0, 0.0
+    hidden[2, 0] = -torch.inf
+    bare = linear_cross_entropy(hidden, weight, targets, return_details=True)[2].argmax
+    for sizes in ([0, 50], [50, 0], [20, 30]):
+        mine = shard_of(weight, rank, sizes)
+        found = linear_cross_entropy(
+            hidden, mine, targets, process_group=group(), return_details=True
+        )[2].argmax
+        assert found.tolist() == bare.tolist(), sizes
+
+
 def test_shards_may_be_uneven_and_empty() -> None:
-    on_ranks(check_uneven, check_low_logits)
+    on_ranks(check_uneven, check_low_logits, check_odd_logits)
     on_ranks(check_three_ranks, ranks=3)
 
 
