@@ -83,16 +83,19 @@ def first_class(
     """The first class of all shards whose logit is the highest; `best` are columns of this one."""
     if best is None or shard.whole:
         return best
-    is_highest = (top >= highest) | top.isnan()
-    return first_of((best + shard.start).masked_fill(~is_highest, NO_CLASS), shard)
+    candidates = (best + shard.start).where(top >= highest, NO_CLASS)
+    # NaN is larger than any number, as in torch, whether a reduction over ranks keeps it or not.
+    return first_of(torch.where(top.isnan(), best + shard.start - _AHEAD, candidates), shard)
 
 
 NO_CLASS = torch.iinfo(torch.int64).max
+_AHEAD = 2**62
 
 
 def first_of(candidates: Tensor, shard: VocabShard) -> Tensor:
-    """The least of all shards' candidates for each token."""
-    return -shard.reduce_(-candidates, "max")
+    """The least of all shards' candidates for each token, of those of NaN if there are any."""
+    found = -shard.reduce_(-candidates, "max")
+    return torch.where(found < 0, found + _AHEAD, found)
 
 
 def cap_(logits: Tensor, softcap: float | None) -> Tensor | None:
