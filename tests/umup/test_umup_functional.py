@@ -557,6 +557,10 @@ def test_bad_input_is_refused_with_what_was_seen(name: str) -> None:
         call()
 
 
+@pytest.mark.skipif(
+    not isinstance(vars(torch.autograd.Function)["apply"], classmethod),
+    reason="this torch matches signatures in its own C code, which nobody can pass by",
+)
 def test_no_signature_is_matched_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("25 us, several times a small product")
