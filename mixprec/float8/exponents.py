@@ -162,6 +162,7 @@ def _listen() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+@torch._disable_dynamo  # a caller may compile his step
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if not _operands:  # no layer of this process is left
         return

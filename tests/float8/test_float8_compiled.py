@@ -249,3 +249,22 @@ def test_a_graph_holds_no_second_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted = one.scale.tolist()
     one.settle(torch.ones(16, 16))
     assert one.scale.tolist() == fitted == [2.0**33, 2.0**-33]
+
+
+def test_exponents_move_after_a_step_in_compiled_code_as_after_any() -> None:
+    model: Any = nn.Sequential(nn.Linear(32, 32, bias=False)).bfloat16()
+    Precision("fp8", recipe="adaptive").convert(model, min_dim=16)
+    twin = copy.deepcopy(model)
+    for layers in (model, twin):
+        optimizer = torch.optim.SGD(layers.parameters(), lr=0.1)
+        step: Any = optimizer.step
+        if layers is model:
+            step = torch.compile(lambda step=step: step(), backend="eager")
+        for size in (1.0, 64.0, 64.0):
+            layers(torch.full((16, 32), size).bfloat16()).sum().backward()
+            step()
+            optimizer.zero_grad()
+    ours, others = (m[0]._float8.operands().values() for m in (model, twin))
+    for mine, theirs in zip(ours, others, strict=True):
+        assert torch.equal(mine.scale, theirs.scale) and torch.equal(mine.last, theirs.last)
+    torch.compiler.reset()
