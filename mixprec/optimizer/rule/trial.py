@@ -57,6 +57,7 @@ class Trying:
     """
 
     def __init__(self, inner: Optimizer, code: RuleCode) -> None:
+        self._began_alone = threading.active_count() == 1  # first: a thread may draw and end here
         devices = {p.device for group in inner.param_groups for p in group["params"]}
         self._generators = list(generators(devices))
         self._before = [read() for _, read, _, _ in self._generators]
@@ -64,7 +65,6 @@ class Trying:
         self._variables = _Variables(code)
         self._may_draw = code.everything or not code.names.isdisjoint(_DRAWING)
         self._may_draw_from_torch = code.everything or any(map(_is_random, code.names))
-        self._began_alone = threading.active_count() == 1
         self.seeded = False
 
     def _is_alone(self) -> bool:

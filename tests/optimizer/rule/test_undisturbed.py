@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 import mixprec
 from mixprec.optimizer.fused.self_check import admit_fused
+from mixprec.optimizer.rule import trial
 from mixprec.optimizer.rule.admission import admit
 
 Update = Callable[[Any, Any, Any, Tensor, Any], None]
@@ -227,3 +228,28 @@ def test_what_the_rule_never_names_is_not_copied_for_a_trial() -> None:
     rule = AdamW(low((4, 6)))
     vars(rule)["model"] = NoCopy()
     assert admit(rule).per_parameter and admit_fused(rule, 0).exact
+
+
+def test_a_thread_that_ends_while_a_trial_begins_has_drawn_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is there when the first state is read, and gone when the last one is."""
+    counted = [2]
+    monkeypatch.setattr(threading, "active_count", lambda: counted[0])
+    known = trial.generators
+
+    def generators(devices: Any) -> Any:
+        found = list(known(devices))
+        name, read, write, seed = found[-1]
+
+        def last() -> Any:
+            state = read()
+            if counted[0] == 2:
+                torch.rand(())
+                counted[0] = 1
+            return state
+
+        return [*found[:-1], (name, last, write, seed)]
+
+    monkeypatch.setattr(trial, "generators", generators)
+    assert admit_fused(AdamW(low((4, 6))), 0).exact
