@@ -57,7 +57,7 @@ class _LossScaler(Protocol):
 
 
 class _MixedPrecision(Protocol):
-    """What is needed of `MixedPrecision`; see `plain_step.is_mixed_precision`."""
+    """What is needed of `MixedPrecision`; see `plain_optimizer.is_mixed_precision`."""
 
     loss_scaler: _LossScaler | None
 

@@ -2,7 +2,7 @@
 
 The wrapper shares the inner optimizer's group dicts, state and hooks, so that a schedule attached
 to either one, before or after wrapping, acts on both and nothing ever needs synchronising. What a
-step does is in `step`, where masters live in `masters`, how a rule may run in `admission`.
+step does is in `step`, where masters live in `masters`, how a rule may run in `rule.admission`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ BF16 rounds by at most 2^-8, whose root is less than half a code at the end of t
 largest x of a block has the last code and decodes to the scale itself, and a second trip changes
 nothing. An x > 0 never gets the code 0 of uint8: a second moment that vanished would make the next
 update as large as the learning rate allows. Which states cannot be negative is proved from the
-rule's program (`fused.signs`).
+rule's program (`fused.program.signs`).
 
 The dtype of codes tells the law, so stored states explain themselves.
 """

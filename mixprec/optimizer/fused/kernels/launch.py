@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 Tensors = Mapping[str, Tensor]
-"""What is stored for one parameter, by column of `triton_emit.columns`."""
+"""What is stored for one parameter, by column of `emit.columns`."""
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -390,7 +390,7 @@ def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @cache
 def kernels(program: Program, layout: Layout) -> dict[str, Any]:
-    """What `triton_emit.source` defines; Triton keeps its binaries on disk."""
+    """What `emit.source` defines; Triton keeps its binaries on disk."""
     return module_of(source(program, layout))
 
 

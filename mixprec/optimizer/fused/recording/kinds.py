@@ -9,7 +9,7 @@ asks of a parameter nothing but its values, and a rule that asks for more, asks 
                                      once more for each size that the probe stands for
 
 So a rule of element-wise operations alone, which names nothing else, has one probe for all. What it
-might name is read off its code (`rule_code`), whatever its options are for now.
+might name is read off its code (`rule.code`), whatever its options are for now.
 """
 
 from __future__ import annotations

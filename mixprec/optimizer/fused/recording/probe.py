@@ -11,7 +11,7 @@ is lifted into a list of scalars, in order of appearance:
 The rule runs again for the next step, because that is the only way to have its scalars right
 without knowing it: schedules, betas edited by hand, step counts and bias corrections come out of
 the rule's own code. It is played along the recording of the last step for as long as it does the
-same (`fused.replay`), which costs some 0.1 ms, and recorded anew where it does not. Programs are
+same (`replay`), which costs some 0.1 ms, and recorded anew where it does not. Programs are
 equal when nothing but numbers changed, so a kernel made for one serves until the rule takes another
 branch (RAdam's warm-up).
 
@@ -19,7 +19,7 @@ A recording never looks at values of elements, and a rule that does is refused: 
 follow from the numbers alone. Refused are also operations that mix elements (products of matrices,
 sums over some dimensions, sorting, indexing), random numbers, other precisions than FP32, and data
 kept outside of the parameter's state. What this cannot see, such as a number taken from the shape
-of the probe, is found by trying (`fused.admission`).
+of the probe, is found by trying (`fused.self_check`).
 
 Sums and norms over all elements of a tensor are part of the program. A one-element tensor in the
 state that holds such a number (NovoGrad's second moment) depends on data, and is read and written

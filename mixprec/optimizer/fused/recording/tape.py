@@ -1,4 +1,4 @@
-"""The calls of torch that a recording consists of, kept to play later steps along (`fused.replay`).
+"""The calls of torch that a recording consists of, kept to play later steps along (`replay`).
 
 A tape holds the very tensors of its recording, which are handed out again at each replay. A rule
 that keeps one outside of its state could bring it back in a later step as if it were new;

@@ -1,9 +1,9 @@
 """What a rule's code sees in a step of a probe: all as it is now, and nothing of it the original.
 
 A twin is an optimizer of the same class. Before each step it is given everything that the rule's
-code could look at (`rule_code` says by which names): attributes, options, the values of its group,
+code could look at (`rule.code` says by which names): attributes, options, the values of its group,
 what it keeps in its state beside parameters, the marks on a parameter. Numbers and functions are
-shared, the rest is copied (`copies`), and what no code names is shared too.
+shared, the rest is copied (`rule.copies`), and what no code names is shared too.
 
 After the step both are compared. Values of the group, of shared state, and numbers among the
 attributes may have changed: a rule counts there, and the step says what they became. Whatever else
