@@ -191,6 +191,29 @@ def test_modes_are_put_back_behind_an_error() -> None:
             assert torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hooks_run_once_around_a_step_that_the_compiler_has_wrapped(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it wraps LBFGS's and SparseAdam's once it is used, for the rest of the process."""
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = mixprec.MixedPrecision(torch.optim.LBFGS([param], lr=0.125))
+    wrapped: Any = torch.compiler.disable(torch.optim.LBFGS.step)
+    monkeypatch.setattr(torch.optim.LBFGS, "step", wrapped)
+    calls: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = param.float().square().sum()
+        loss.backward()
+        return loss.item()
+
+    optimizer.step(closure)
+    assert calls == ["before", "after"]
+
+
 def test_a_compiled_caller_steps_as_it_is() -> None:
     weight = nn.Parameter(torch.ones(2, 2, dtype=torch.bfloat16))
     optimizer = mixprec.MixedPrecision(Multiplies([weight]))

@@ -47,6 +47,8 @@ class Recovery:
         self._parts, self._check = parts, check
         self._undo: StepUndo | Leaving | None = None
         """What the step at hand changes; of one that was stopped until somebody settles it."""
+        self.runs = False
+        """Whether a step is at hand, in which nobody may settle it."""
         self._broken = ""
         """What an unfinished step has left half done."""
 
@@ -60,15 +62,19 @@ class Recovery:
         """`call`, with what it changes taken back if anything stops it."""
         first = not self._check.checked
         self._undo = StepUndo(self._setup, self._fused, self._outcome.counts, self._parts, first)
+        self.runs = True
         try:
             result = call()
             self._undo = None
             return result
         except BaseException as error:
+            self.runs = False
             if self._undo is not None:
                 self._undo.error = quote(error)
             self._settle_undo()
             raise
+        finally:
+            self.runs = False
 
     def leave(self, leaving: Leaving) -> None:
         """Give the model its weights back, now or, if that is stopped, when somebody asks next."""

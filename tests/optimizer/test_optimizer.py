@@ -611,6 +611,22 @@ def test_a_rule_that_calls_its_closure_is_not_fused_in_silence(
     assert bool((weight == 1).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_closure_may_look_at_the_state_of_the_rule(dtype: torch.dtype) -> None:
+    param = nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = mixprec.MixedPrecision(torch.optim.LBFGS([param], lr=0.125, max_iter=3))
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = param.float().square().sum()
+        loss.backward()
+        optimizer.inner.state_dict()
+        return loss.item()
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first and optimizer.state_dict()["state"]
+
+
 def test_a_rule_that_diverges_inside_its_step_is_stopped_unless_told_to_go_on() -> None:
     def run(wrapped: bool, **options: Any) -> Tensor:
         weight = nn.Parameter(torch.ones(3))

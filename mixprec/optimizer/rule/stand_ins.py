@@ -37,7 +37,10 @@ def rule_of(inner: Optimizer) -> Callable[..., Any]:
     The wrapper runs hooks once a step; the class attribute would run them again for every bucket.
     """
     step: Any = type(inner).step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
+    # Torch's compiler wraps that of LBFGS and SparseAdam once more, as it begins to be used.
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step
 
 
 def shared_keys(inner: Optimizer) -> set[Any]:
