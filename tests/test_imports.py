@@ -31,7 +31,7 @@ LAYERS = (
     "optimizer.undo optimizer.owners optimizer.reports.outcome",
     "optimizer.checkpoint optimizer.judging.judge optimizer.master_run",
     "optimizer.buckets optimizer.recovery",
-    "optimizer.closures optimizer.reports.explain",
+    "optimizer.closures optimizer.reports.explain optimizer.checkpoint.states",
     "optimizer.step",
     "optimizer.mixed_precision",
     "optimizer optimizer.reports optimizer.judging",

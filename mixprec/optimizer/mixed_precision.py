@@ -15,7 +15,6 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.weak import WeakIdKeyDictionary
 
 from mixprec.caller_modes import run_in_plain_modes
 from mixprec.optimizer.arguments import check_inner, check_options, check_parameters
@@ -24,14 +23,14 @@ from mixprec.optimizer.checkpoint import fp32_weights, loading
 from mixprec.optimizer.checkpoint import reading as checkpoint
 from mixprec.optimizer.checkpoint.loaded_masters import LoadedMasters
 from mixprec.optimizer.checkpoint.own_state import own_entries
+from mixprec.optimizer.checkpoint.states import States
 from mixprec.optimizer.checks import ParamChecks
 from mixprec.optimizer.fused.eligible import Fused
 from mixprec.optimizer.fused.step import FusedStep
 from mixprec.optimizer.judging.grad_factor import checked
 from mixprec.optimizer.judging.judge import Judge
 from mixprec.optimizer.judging.scaled_grads import ScaledGrads
-from mixprec.optimizer.master_run import make_state
-from mixprec.optimizer.masters import LOW, MASTER, MasterStore
+from mixprec.optimizer.masters import LOW, MasterStore
 from mixprec.optimizer.owners import guard_inner_step, plain_states, superseded_by_newer, take_over
 from mixprec.optimizer.recovery import Recovery
 from mixprec.optimizer.reports.explain import Explanation
@@ -152,10 +151,11 @@ class MixedPrecision(Optimizer):
         recovery = Recovery(setup, step, outcome, scaled, parts, check)
         self._setup, self._store, self._fused, self._calls = setup, store, step, calls
         self._check, self._scaled, self._outcome, self._loaded = check, scaled, outcome, loaded
+        self._states = States(setup, check, step, loaded, outcome, recovery)
         self._recovery = recovery
         self._take_step = Step(setup, calls, step, judge, outcome, check, scaled, recovery)
         plain_states(inner)
-        self._adopt_state()
+        self._states.adopt()
         take_over(self)
         guard_inner_step(self)
 
@@ -212,21 +212,9 @@ class MixedPrecision(Optimizer):
         self._recovery.run(lambda: self._ready(with_loss=closure is not None))
         loss, verdict = self._take_step(closure, grad_factor)
         if verdict is not None:
-            self._warn_of_edits()
+            self._loaded.warn_of_edits()
             self._outcome.report(verdict)
         return loss
-
-    def _warn_of_edits(self) -> None:
-        """Tell of weights and numbers that somebody else has written."""
-        number, self._fused.written = self._fused.written, ""
-        if number:
-            self._outcome.warn(
-                "shared",
-                f"state[...][{number!r}] was written in place, and fused parameters of one age "
-                f"share one such tensor: each write was one for all of them. To change it for one "
-                f"parameter, set another: state[param][{number!r}] = torch.tensor(...).",
-            )
-        self._loaded.warn_of_edits()
 
     def _begin(self, call: str = "") -> None:
         """Before anything else: what came before is over, and whole if a call is named."""
@@ -405,7 +393,7 @@ class MixedPrecision(Optimizer):
         except BaseException:
             del self.param_groups[known:]
             raise
-        self._adopt_state()
+        self._states.adopt()
         take_over(self)
         self._calls.try_again()
         self._fused.groups.reset()
@@ -428,7 +416,7 @@ class MixedPrecision(Optimizer):
             self._begin("train()" if mode else "eval()")
             self._ready()
             self._take_step.change_mode(method)
-            self._warn_of_edits()
+            self._loaded.warn_of_edits()
             return
         method()  # nothing to move yet, and a rule may want its mode before it is tried
         for param in [p for p in self._setup.params() if p in self.state and not self.state[p]]:
@@ -462,15 +450,7 @@ class MixedPrecision(Optimizer):
                 f"{type(self.inner).__name__} makes its state from a closure's loss; step once "
                 f"before saving or loading a distributed checkpoint."
             )
-        new = [
-            (index, param)
-            for index, group in enumerate(self.param_groups)
-            for param in group["params"]
-            if param.requires_grad and not set(self.state.get(param, ())) - {MASTER}
-        ]
-        one_by_one = admission is None or admission.per_parameter
-        for chosen in [[item] for item in new] if one_by_one else [new]:
-            make_state(self.inner, self.state, self._store, chosen)
+        self._states.make(one_by_one=admission is None or admission.per_parameter)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner rule's state dict, with an FP32 `master` for each 16-bit parameter.
@@ -486,31 +466,11 @@ class MixedPrecision(Optimizer):
         own = own_entries(self.inner)
         hooks: list[Any] = []
         try:
-            hooks.append(self.register_state_dict_post_hook(self._decode, prepend=True))
+            hooks.append(self.register_state_dict_post_hook(self._states.decode, prepend=True))
             return {**own, **super().state_dict()}
         finally:
             for hook in hooks:
                 hook.remove()
-
-    @torch.no_grad()
-    def _decode(self, _optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        ids = [key for group in state_dict["param_groups"] for key in group["params"]]
-        self._check.masters(self._setup.params())
-        state = dict(state_dict["state"])
-        wide = {id(param): master for param, master in self._loaded.wide}
-        for key, param in zip(ids, self._setup.params(), strict=True):
-            if key in state:
-                state[key] = self._fused.held.decoded(state[key], param)
-            # A 16-bit one without a master starts from the weight; one that was FP32 has had none.
-            was_fp32 = self._check.dtypes.get(param, param.dtype) not in LOW
-            adopted = bool(state.get(key)) and self._store.has(param) and not was_fp32
-            if adopted or self._store.known(self.state, param):
-                state[key] = {**state.get(key, {}), MASTER: self._store.master(self.state, param)}
-            elif id(param) in wide:
-                state[key] = {**state.get(key, {}), MASTER: wide[id(param)]}
-        scaler: Any = self.loss_scaler
-        extra = {checkpoint.LOSS_SCALER: scaler.state_dict()} if scaler is not None else {}
-        return {**state_dict, "state": state, **extra}
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -540,40 +500,10 @@ class MixedPrecision(Optimizer):
         loaded = loading.read(
             state_dict, self.inner, self.loss_scaler, lambda param: names[id(param)]
         )
-        self._commit(loaded)
+        self._states.commit(loaded, self)
         self._loaded.become_params()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _commit(self, loaded: loading.Loaded) -> None:
-        inner, store, scaler = self.inner, self._store, self.loss_scaler
-        parts = [self, inner, store, self._fused, self._loaded, self._outcome]
-        parts += [self._recovery, self._check]
-        before = loading.Before(
-            [*parts, *([] if scaler is None else [scaler])], [*self.param_groups, inner.defaults]
-        )
-        undo_own = loading.undo_own(inner) if loaded.own else None
-        scale = None if scaler is None else scaler.get_scale()
-        try:
-            loading.commit(loaded, inner, scaler)
-            self.state = inner.state
-            # Masters that wait stay beside a bare optimizer's states, which have none.
-            kept = {} if loaded.has_masters else dict(store.early.items())
-            store.early = WeakIdKeyDictionary({**kept, **loaded.early})
-            store.forget_versions()
-            self._recovery.accept()
-            self._fused.adopt(self._setup.params())
-            self._loaded.take(loaded)
-            self._check.dtypes = WeakIdKeyDictionary()
-            self._check.note_masters()
-            if scaler is not None and scaler.get_scale() != scale:
-                # Gradients at hand carry the scale of before; the next step has to have new ones.
-                self._outcome.forget_losses()
-        except BaseException:
-            before.restore()
-            if undo_own is not None:
-                undo_own()
-            raise
 
     def __getstate__(self) -> dict[str, Any]:
         self._setup.refuse_in_model("copying", "would be FP32 for ever in the copy")
@@ -661,17 +591,9 @@ class MixedPrecision(Optimizer):
 
     def _leave_states(self) -> None:
         """Leave the inner rule's states as it keeps them itself: somebody else runs or saves it."""
-        self._recovery.settle()
-        self._fused.held.release()
-
-    def _adopt_state(self) -> None:
-        """Widen what the inner optimizer has kept so far for 16-bit parameters."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                entry = self.state.get(param)
-                if entry and self._store.has(param) and MASTER not in entry:
-                    self.state[param] = checkpoint.widened(entry, param)
-                    checkpoint.refill_adagrad(self.inner, group, self.state[param])
+        if not self._recovery.runs:  # else it does so itself, or a closure looks at it meanwhile
+            self._recovery.settle()
+            self._fused.held.release()
 
 
 def _is_picklable(name: str) -> bool:

@@ -96,6 +96,7 @@ class Outcome:
 
     def report(self, verdict: Verdict) -> None:
         """Tell what has become of a step that is over: warnings may be errors."""
+        self._tell_shared()
         self._look_now_and_then()
         if verdict.found_inf is None:
             self._remark(verdict)
@@ -193,6 +194,17 @@ class Outcome:
         named = names_of(self._setup.groups)
         stepped = [(p, n) for p, n in named if p.requires_grad or store.known(state, p)]
         return infinite_weight(stepped, lambda param: store.master(state, param))
+
+    def _tell_shared(self) -> None:
+        """Tell of a number that fused parameters share and somebody has written in place."""
+        number, self._fused.written = self._fused.written, ""
+        if number:
+            self.warn(
+                "shared",
+                f"state[...][{number!r}] was written in place, and fused parameters of one age "
+                f"share one such tensor: each write was one for all of them. To change it for one "
+                f"parameter, set another: state[param][{number!r}] = torch.tensor(...).",
+            )
 
     def tell_infinite(self) -> None:
         """Look at the weights, which waits for the device, and name an infinite one once."""
