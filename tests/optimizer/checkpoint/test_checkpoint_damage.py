@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 
 import mixprec
+from mixprec.optimizer.checkpoint.states import States
 
 Damage = Callable[[Any], Any]
 
@@ -344,7 +345,7 @@ def stopped_at(number: int) -> Generator[list[int]]:
     def trace(frame: Any, event: str, _argument: Any) -> Any:
         code = frame.f_code
         ours = PACKAGE in Path(code.co_filename).parents
-        if not ours or not (passed or code.co_name == "_commit"):
+        if not ours or not (passed or code is States.commit.__code__):
             return None
         passed.append(frame.f_lineno)
         if event == "line" and len(passed) >= number:
