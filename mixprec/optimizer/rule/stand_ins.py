@@ -52,8 +52,8 @@ def shared_keys(inner: Optimizer) -> set[Any]:
 def without_hooks(inner: Optimizer) -> Generator[None]:
     """Keep the hooks that the wrapper runs itself from being run by the rule's own methods."""
     hooks = {name: value for name, value in vars(inner).items() if name.endswith("_hooks")}
-    vars(inner).update({name: OrderedDict[int, Any]() for name in hooks})
     try:
+        vars(inner).update({name: OrderedDict[int, Any]() for name in hooks})
         yield
     finally:
         vars(inner).update(hooks)
