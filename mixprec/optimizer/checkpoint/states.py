@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -94,9 +95,10 @@ class States:
         parts = [wrapper, inner, store, self._fused, self._loaded, self._outcome, self._recovery]
         parts += [self._check, *([] if scaler is None else [scaler])]
         before = loading.Before(parts, [*setup.groups, inner.defaults])
-        undo_own = loading.undo_own(inner) if loaded.own else None
+        undo_own: Callable[[], None] | None = None
         scale = None if scaler is None else scaler.get_scale()
         try:
+            undo_own = loading.undo_own(inner) if loaded.own else None
             loading.commit(loaded, inner, scaler)
             wrapper.state = inner.state
             # Masters that wait stay beside a bare optimizer's states, which have none.

@@ -56,7 +56,10 @@ def without_hooks(inner: Optimizer) -> Generator[None]:
         vars(inner).update({name: OrderedDict[int, Any]() for name in hooks})
         yield
     finally:
-        vars(inner).update(hooks)
+        try:
+            vars(inner).update(hooks)
+        finally:  # an interrupt may come on that line, too
+            vars(inner).update(hooks)
 
 
 def copy_marks(param: Tensor, stand_in: Tensor) -> None:
