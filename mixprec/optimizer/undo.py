@@ -260,8 +260,7 @@ class StepUndo:
     def _restore_counts(self) -> None:
         for now, before in self._small:
             now.update(before)
-        if not (self.moved and self.verdict is not None and self.verdict.recorded):
-            self._counts.restore(self._saved_counts)
+        self._counts.restore(self._saved_counts)
         if self._scaler is not None:
             scaler, losses_scaled, waiting = self._scaler
             if scaler.losses_scaled == losses_scaled and hasattr(scaler, "_waiting"):

@@ -16,7 +16,6 @@ from torch.optim import LBFGS, SGD, AdamW
 
 import mixprec
 from mixprec.gradients import grad_norm, part_norms
-from mixprec.optimizer.reports import step_counts
 from mixprec.optimizer.reports.culprits import Culprits, owners_of_nonfinite
 from mixprec.optimizer.reports.step_counts import Letter, StepCounts
 from mixprec.user_warnings import Said
@@ -369,22 +368,6 @@ def test_counts_of_host_and_device_agree_after_every_step() -> None:
         mixed.add(*flags)
         assert host.now() == device.now() == mixed.now()
     assert host.now() == Letter(3, 0, 2, 3, 1, 1, 2)
-
-
-def test_counts_are_written_to_a_new_place_but_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts, here = StepCounts(), torch.device("cpu")
-    counts.add(torch.tensor(True))
-    saved = counts.saved()
-    for _ in range(2):
-        counts.add(torch.tensor(False))
-    counts.restore(saved)
-    assert counts.now() == Letter(1, 1, 0, 0, 0, 0, 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(step_counts, "is_capturing", lambda _: True)
-        counts.add(torch.tensor(False))
-    place = counts.on(here)
-    counts.add(torch.tensor(True))  # what a replay adds to, it finds there
-    assert counts.on(here) is place and counts.now() == Letter(2, 1, 1, 0, 0, 0, 0)
 
 
 def test_a_letter_holds_the_counts_of_when_it_was_sent() -> None:

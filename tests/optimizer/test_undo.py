@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from parts import judge_on_device
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -308,31 +307,3 @@ def test_weights_are_back_before_any_is_rounded_on_the_way_out_of_masters_in_mod
             weight.mul_(1.001)
     for master, (_, right) in zip(found, undisturbed.masters(), strict=True):
         assert torch.equal(master, right)
-
-
-@pytest.mark.parametrize("stopped", ["make_ready", "conclude"])
-def test_a_stopped_step_that_the_device_has_judged_counts_once_or_not_at_all(
-    stopped: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimizer = mixprec.MixedPrecision(AdamW([weight], lr=1e-3), fused=True)
-    judge_on_device(optimizer, monkeypatch)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    owner: Any = optimizer._outcome if stopped == "conclude" else optimizer._fused
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        calls = iter([True])
-        real = getattr(owner, stopped)
-
-        def stop(*args: Any) -> Any:
-            if next(calls, False):
-                raise KeyboardInterrupt
-            return real(*args)
-
-        patch.setattr(owner, stopped, stop)
-        optimizer.step()
-    done = 2 if stopped == "conclude" else 1  # brought to its end, or taken back
-    assert optimizer.metrics()["steps"] == float(optimizer.state[weight]["step"]) == done
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert optimizer.metrics()["steps"] == float(optimizer.state[weight]["step"]) == done + 1

@@ -45,7 +45,7 @@ import triton.language as tl
 @triton.jit
 def judge(
     grads, numels, chunks, partial, finished, factor, counted, external, max_norm, verdict, counts,
-    moved, DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):
     program = tl.program_id(0)
     tensor = tl.load(chunks + 2 * program).to(tl.int64)
@@ -103,14 +103,14 @@ def judge(
         tl.store(verdict + 3, tl.where(is_finite, 1.0, 0.0))
         tl.store(verdict + 4, tl.where(is_usable, 1.0, 0.0))
         tl.store(verdict + 5, tl.where(is_zero, 1.0, 0.0))
-        tl.store(moved, tl.load(counts) + overflow)
-        tl.store(moved + 1, tl.load(counts + 1) * (overflow + empty) + overflow)
-        tl.store(moved + 2, tl.load(counts + 2) + go.to(tl.int64))
-        tl.store(moved + 3, tl.load(counts + 3) + empty)
-        tl.store(moved + 4, tl.load(counts + 4) * empty + empty)
-        tl.store(moved + 5, tl.load(counts + 5) + (go & is_zero).to(tl.int64))
+        tl.store(counts, tl.load(counts) + overflow)
+        tl.store(counts + 1, tl.load(counts + 1) * (overflow + empty) + overflow)
+        tl.store(counts + 2, tl.load(counts + 2) + go.to(tl.int64))
+        tl.store(counts + 3, tl.load(counts + 3) + empty)
+        tl.store(counts + 4, tl.load(counts + 4) * empty + empty)
+        tl.store(counts + 5, tl.load(counts + 5) + (go & is_zero).to(tl.int64))
         unusable = (is_counted & (is_usable == False)).to(tl.int64)
-        tl.store(moved + 6, tl.load(counts + 6) + unusable)
+        tl.store(counts + 6, tl.load(counts + 6) + unusable)
 """
 
 
@@ -177,11 +177,9 @@ class DeviceJudge:
         device = self._table.device
         if external_found_inf is not None:
             external_found_inf = external_found_inf.to(device)
-        before, after = counts.turn(device)
         result = self._table.judge(
-            grads, factor, counted, external_found_inf, max_grad_norm, before, after
+            grads, factor, counted, external_found_inf, max_grad_norm, counts.on(device)
         )
-        counts.take(after)
         changed = factor is not None or max_grad_norm is not None
         return Verdict(
             norm=result[0],
@@ -217,7 +215,7 @@ class _Table:
     def judge(self, grads: Sequence[Tensor], *arguments: Any) -> Tensor:
         import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-        factor, counted, external, max_norm, counts, moved = arguments
+        factor, counted, external, max_norm, counts = arguments
         verdict = torch.empty(6, dtype=torch.float32, device=self.device)
         grads, addresses = self._addresses.of(grads)
         with on_device(self.device):
@@ -233,7 +231,6 @@ class _Table:
                 max_norm,
                 verdict,
                 counts,
-                moved,
                 DTYPE=getattr(tl, _TYPES[grads[0].dtype]),
                 BLOCK=_BLOCK,
                 BLOCKS=_BLOCKS,

@@ -12,9 +12,6 @@ A step is one of skipped, stepped and empty. An empty one leaves a row of skips 
 
 Once a device decides, the counts live there, and the host hears of them late: it has them sent
 (`send`), goes on, and opens the letter when it comes by again (`letter`).
-
-A step writes its counts to a new place and leaves the old ones, for a step that comes to nothing. A
-CUDA graph writes to one place for ever, so from a capture on all do.
 """
 
 from __future__ import annotations
@@ -23,8 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from mixprec.devices import is_capturing
 
 __all__ = ["Letter", "StepCounts"]
 
@@ -55,20 +50,9 @@ class StepCounts:
     def __init__(self) -> None:
         self._counts: list[int] | Tensor = [0] * len(Letter._fields)
         self._sent: tuple[Tensor, Any] | None = None
-        self._in_graph = False
-
-    def turn(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The counts, `[7]` int64 on `device` in the order of `Letter`, and where to write the next
-        ones: give that to `take` when it is on its way."""
-        before = self.on(device)
-        self._in_graph = self._in_graph or is_capturing(device)
-        return before, before if self._in_graph else torch.empty_like(before)
-
-    def take(self, after: Tensor) -> None:
-        self._counts = after
 
     def on(self, device: torch.device) -> Tensor:
-        """The counts as a tensor there."""
+        """`[7]` int64 on `device`, in the order of `Letter`, for whoever judges there to move."""
         counts = self._counts
         if isinstance(counts, list) or counts.device != device:
             source = torch.as_tensor(counts, dtype=torch.int64)
@@ -91,15 +75,15 @@ class StepCounts:
         if device is None and isinstance(self._counts, list):
             self._counts = _moved_on_host(self._counts, *map(bool, flags))
             return
-        before, after = self.turn(self._place if device is None else device)
-        over, some, none, good = (_flag(flag, before) for flag in flags)
+        counts = self.on(self._place if device is None else device)
+        over, some, none, good = (_flag(flag, counts) for flag in flags)
         empty = 1 - some
         over = over * some
         went = some - over
         more = torch.stack([over, over, went, empty, empty, none * went, over * (1 - good)])
         one = torch.ones_like(over)
         kept = torch.stack([one, over + empty, one, one, empty, one, one])
-        self.take(torch.mul(before, kept, out=after).add_(more))
+        counts.mul_(kept).add_(more)
 
     @property
     def _place(self) -> torch.device:
@@ -108,11 +92,18 @@ class StepCounts:
     # ---------------------------------------- a step that comes to nothing
 
     def saved(self) -> Any:
-        """The counts, for `restore`; the next step writes over them where there is a CUDA graph."""
-        return self._counts
+        """The counts as they are, for `restore`. Those of a device are not copied: a step that is
+        stopped after the device has judged it has been entered there."""
+        counts = self._counts
+        if isinstance(counts, list):
+            return counts, None
+        return counts, None if counts.is_cuda else counts.clone()
 
     def restore(self, saved: Any) -> None:
-        self._counts = saved
+        counts, copy = saved
+        self._counts = counts
+        if copy is not None:
+            counts.copy_(copy)
 
     # ---------------------------------------- letters
 
@@ -167,8 +158,7 @@ class StepCounts:
         return self.now().empty_in_a_row
 
     def __getstate__(self) -> dict[str, Any]:
-        # An event is of this process, and so is a graph.
-        return {"_counts": self._counts, "_sent": None, "_in_graph": False}
+        return {"_counts": self._counts, "_sent": None}  # an event is of this process
 
 
 def _moved_on_host(
