@@ -68,7 +68,6 @@ class Recovery:
             self._undo = None
             return result
         except BaseException as error:
-            self.runs = False
             if self._undo is not None:
                 self._undo.error = quote(error)
             self._settle_undo()

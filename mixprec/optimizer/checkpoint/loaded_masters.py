@@ -55,10 +55,8 @@ class LoadedMasters:
         if not names:
             return
         edited.clear()
-        verb = "are" if fresh else "were"
-        more = (
-            f" and {len(names) - 1} more {verb}" if len(names) > 1 else " is" if fresh else " was"
-        )
+        one, several = ("is", "are") if fresh else ("was", "were")
+        more = f" and {len(names) - 1} more {several}" if len(names) > 1 else f" {one}"
         if fresh:
             self._outcome.warn(
                 "load",

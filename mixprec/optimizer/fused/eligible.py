@@ -110,9 +110,8 @@ class FusedGroups:
         return any(self._takes(p) or (has_to and p.dtype == torch.float64) for p in params)
 
     def _admit(self, index: int) -> FusedAdmission:
-        self._held.release(
-            self._inner.param_groups[index]["params"]
-        )  # a trial begins from FP32 states
+        # A trial begins from FP32 states.
+        self._held.release(self._inner.param_groups[index]["params"])
         found = self._admissions[index] = self._try(index)
         return found
 
